@@ -1,0 +1,1 @@
+"""The data room: documents in, batches out (see docs/architecture.md, "document -> loss")."""

@@ -1,0 +1,265 @@
+"""From sources to token stores: gather, split, drop duplicates, train the tokenizer, encode, write.
+
+`Data` says what to learn from; `prepare(data, cache)` does the work once for each fingerprint and only
+opens what is there after that. The text of a run must fit in memory (larger corpora: write stores with
+`store.write_store` shard by shard). No jax: this runs anywhere.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from glm45_jax.data.pack import BestFit, Cut, RowSource
+from glm45_jax.data.sources import Doc, Source
+from glm45_jax.data.store import TokenStore, open_store, write_store
+from glm45_jax.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
+
+log = logging.getLogger(__name__)
+
+PREPARE_FORMAT = 1  # part of every fingerprint: raise it when the same config gives other stores
+SPLITS = ("train", "val")
+_ENCODE_DOCS = 64
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads. Weights, seq_len and packing can change without preparing again."""
+
+    sources: tuple[tuple[Source, float], ...]  # with their shares of the rows
+    seq_len: int = 128
+    packing: Cut | BestFit = Cut()
+    vocab: int = 2048
+    val_fraction: float = 0.05  # of the documents, by hash
+    max_docs: int | None = None  # a source, by hash
+    bpe_chars: int = 4_000_000  # of training text that the tokenizer is trained on
+    seed: int = 0  # of the split and of the order of documents
+
+    def __post_init__(self):
+        names = [source.name for source, _ in self.sources]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"source names are {names}; give at least one, all different")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction {self.val_fraction} is not between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Open stores by source name; `report` holds counts of documents, characters and tokens."""
+
+    tokenizer: Tokenizer
+    train: Mapping[str, TokenStore]
+    val: Mapping[str, TokenStore]
+    report: Mapping[str, Any]
+    fingerprint: str
+
+
+def prepare(
+    data: Data, cache: Path, *, tokenizer: Tokenizer | None = None, verify: bool = False
+) -> Prepared:
+    """The stores of `data`, made under `cache` the first time and opened every time.
+
+    tokenizer: use this one (say GLM's) instead of training one on the train split; its vocab must be
+    data.vocab. verify: hash every file on opening.
+
+    Raises: ValueError for a damaged cache, a vocab mismatch, or a source with too few documents.
+    """
+    if tokenizer is not None and tokenizer.vocab != data.vocab:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab} ids, data.vocab is {data.vocab}; set data.vocab to "
+            f"{tokenizer.vocab}, or leave the tokenizer out to train one"
+        )
+    fingerprint = data_fingerprint(data, tokenizer)
+    folder = Path(cache) / f"data-{fingerprint[:16]}"
+    if not folder.exists():
+        _build(data, folder, fingerprint, tokenizer)
+    return _open(data, folder, fingerprint, verify)
+
+
+def data_fingerprint(data: Data, tokenizer: Tokenizer | None = None) -> str:
+    """sha256 (hex) of all that the stores depend on: fields and versions of sources, limits, format."""
+    parts = {
+        "format": PREPARE_FORMAT,
+        "sources": [
+            [type(source).__name__, repr(source), source.version()] for source, _ in data.sources
+        ],
+        "tokenizer": tokenizer.fingerprint if tokenizer else version("tokenizers"),
+        "limits": [data.vocab, data.val_fraction, data.max_docs, data.bpe_chars, data.seed],
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def rows(data: Data, prepared: Prepared, split: str = "train") -> list[tuple[RowSource, float]]:
+    """Packed rows of every source with its weight, as `Loader` takes them."""
+    stores = {"train": prepared.train, "val": prepared.val}[split]
+    pad_id = prepared.tokenizer.id_of(END_OF_TEXT)
+    return [
+        (data.packing.rows(stores[source.name], data.seq_len, pad_id), weight)
+        for source, weight in data.sources
+    ]
+
+
+def _build(data: Data, folder: Path, fingerprint: str, tokenizer: Tokenizer | None) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.writing-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        started = time.monotonic()
+        docs, dropped = _gather(data)
+        gathered = time.monotonic()
+        if tokenizer is None:
+            tokenizer = train_bpe(_sample(data, docs), data.vocab)
+        trained = time.monotonic()
+        tokenizer.save(temporary)
+        counts = _write_stores(temporary, docs, tokenizer)
+        report = {
+            "fingerprint": fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "vocab": tokenizer.vocab,
+            "duplicates_dropped": dropped,
+            "sources": counts,
+            "seconds": {
+                "gather": round(gathered - started, 2),
+                "tokenizer": round(trained - gathered, 2),
+                "encode_and_write": round(time.monotonic() - trained, 2),
+            },
+        }
+        (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        _publish(temporary, folder)
+        log.info("prepared %s: %s", folder, json.dumps(report))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        log.info("%s was prepared by another process meanwhile; using that one", folder)
+
+
+def _gather(data: Data) -> tuple[dict[tuple[str, str], list[Doc]], dict[str, int]]:
+    """Documents by (source, split) in hash order, and how many exact duplicates were dropped."""
+    from tqdm import tqdm
+
+    found, dropped, seen = {}, {}, set()
+    for source, _ in data.sources:
+        keyed, dropped[source.name] = [], 0
+        for doc in tqdm(source.docs(), desc=f"read {source.name}", unit=" docs"):
+            text_hash = _digest(doc.text)
+            if text_hash in seen:
+                dropped[source.name] += 1
+                continue
+            seen.add(text_hash)
+            keyed.append((_digest(str(data.seed), doc.id, doc.text), doc))
+        keyed.sort(key=lambda pair: pair[0])
+        docs = [doc for _, doc in keyed[: data.max_docs]]
+        if len(docs) < 2:
+            raise ValueError(
+                f"source {source.name!r} has {len(docs)} documents, train and validation need one "
+                "each; check its fields and max_docs"
+            )
+        parts = _split(docs, data)
+        found |= {(source.name, split): part for split, part in zip(SPLITS, parts, strict=True)}
+    return found, dropped
+
+
+def _split(docs: Sequence[Doc], data: Data) -> tuple[list[Doc], list[Doc]]:
+    """Train and val documents; groups stay together, and neither side is empty."""
+    group_of = [doc.meta.get("group") or f"{doc.id}\0{doc.text}" for doc in docs]
+    place_of = {group: int(_digest(str(data.seed), group)[:16], 16) for group in set(group_of)}
+    limit = int(data.val_fraction * 2**64)
+    ordered = sorted(place_of, key=lambda group: place_of[group])
+    if len(ordered) < 2:
+        raise ValueError(
+            f"the {len(docs)} documents of {docs[0].source!r} are one group ({ordered[0]!r}), which "
+            "cannot be split; give it more documents"
+        )
+    # Small sources may have no group below the limit (or none above): move the nearest one.
+    limit = min(max(limit, place_of[ordered[0]] + 1), place_of[ordered[-1]])
+    in_val = [place_of[group] < limit for group in group_of]
+    train = [doc for doc, val in zip(docs, in_val, strict=True) if not val]
+    return train, [doc for doc, val in zip(docs, in_val, strict=True) if val]
+
+
+def _sample(data: Data, docs: Mapping[tuple[str, str], Sequence[Doc]]) -> Iterator[str]:
+    """Training texts for the tokenizer, an equal share of every source's characters."""
+    sizes = {key: sum(len(doc.text) for doc in part) for key, part in docs.items()}
+    share = data.bpe_chars / sum(size for (_, split), size in sizes.items() if split == "train")
+    for (name, split), part in docs.items():
+        left = min(share, 1.0) * sizes[name, split] if split == "train" else 0.0
+        for doc in part:
+            if left <= 0:
+                break
+            yield doc.text
+            left -= len(doc.text)
+
+
+def _write_stores(
+    folder: Path, docs: Mapping[tuple[str, str], Sequence[Doc]], tokenizer: Tokenizer
+) -> dict[str, dict[str, Any]]:
+    from tqdm import tqdm
+
+    counts: dict[str, dict[str, Any]] = {}
+    total = sum(len(doc.text) for part in docs.values() for doc in part)
+    with tqdm(total=total, desc="encode", unit=" chars", unit_scale=True) as bar:
+        for (name, split), part in docs.items():
+            size = {
+                "docs": len(part),
+                "chars": sum(len(doc.text) for doc in part),
+                "bytes": sum(len(doc.text.encode()) for doc in part),
+            }
+            manifest = write_store(
+                folder / split / name,
+                _encoded(part, tokenizer, bar),
+                end=tokenizer.id_of(END_OF_TEXT),
+                vocab=tokenizer.vocab,
+                tokenizer_fingerprint=tokenizer.fingerprint,
+                meta={"source": name, "split": split} | size,
+            )
+            size["tokens"] = manifest.n_tokens
+            ratio = round(size["bytes"] / manifest.n_tokens, 3)
+            counts.setdefault(name, {})[split] = size | {"bytes_per_token": ratio}
+    return counts
+
+
+def _encoded(docs: Sequence[Doc], tokenizer: Tokenizer, bar: Any) -> Iterator[list[int]]:
+    for start in range(0, len(docs), _ENCODE_DOCS):
+        texts = [doc.text for doc in docs[start : start + _ENCODE_DOCS]]
+        yield from tokenizer.encode_batch(texts)
+        bar.update(sum(len(text) for text in texts))
+
+
+def _open(data: Data, folder: Path, fingerprint: str, verify: bool) -> Prepared:
+    report_file = folder / "report.json"
+    if not report_file.is_file():
+        raise ValueError(f"{folder} has no {report_file.name}; delete the folder and prepare again")
+    tokenizer = Tokenizer.load(folder)
+    stores = {
+        split: {
+            source.name: open_store(
+                folder / split / source.name,
+                vocab=data.vocab,
+                tokenizer_fingerprint=tokenizer.fingerprint,
+                verify=verify,
+            )
+            for source, _ in data.sources
+        }
+        for split in SPLITS
+    }
+    report = json.loads(report_file.read_text(encoding="utf-8"))
+    return Prepared(tokenizer, stores["train"], stores["val"], report, fingerprint)
+
+
+def _digest(*parts: str) -> str:
+    # The separator keeps ("ab", "c") and ("a", "bc") apart.
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -1,0 +1,330 @@
+"""Where documents come from: frozen values, each with a deterministic iterator of `Doc`s.
+
+A new source is one class here (or anywhere) with the three members of `Source`, and one line in a
+`Data`. The sources below need no download: they read what a Python environment already holds.
+No jax: sources run in worker processes.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import platform
+import sysconfig
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+log = logging.getLogger(__name__)
+
+SITE_PACKAGES = ("jax", "flax", "optax", "numpy")  # what requirements.txt brings in anyway
+
+# Tests and character tables are bulk without prose; pydoc_data is the source `PydocTopics`.
+_LEFT_OUT = frozenset(
+    ("test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__")
+)
+
+
+@dataclass(frozen=True)
+class Doc:
+    """One document.
+
+    id: unique in its source and the same on every machine. source: the name of its source.
+    meta: strings for later filters (path, repo, licence). Documents with the same meta["group"]
+    share text (a file and its docstrings) and land on the same side of the train/val split.
+    """
+
+    id: str
+    text: str
+    source: str
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """What `prepare` asks of a source (no need to inherit)."""
+
+    @property
+    def name(self) -> str:
+        """Unique among the sources of a run; names the store on disk."""
+        ...
+
+    def docs(self) -> Iterator[Doc]:
+        """Every document, in an order that depends only on the fields and on `version`."""
+        ...
+
+    def version(self) -> str:
+        """What the text depends on besides the fields; another value means: prepare again."""
+        ...
+
+
+@dataclass(frozen=True)
+class PythonSources:
+    """Python files, one document each: the interpreter's standard library, installed packages.
+
+    include: "stdlib" and/or "site" (the top-level `packages`). Tests are left out.
+    """
+
+    name: str = "python"
+    include: tuple[str, ...] = ("stdlib",)
+    packages: tuple[str, ...] = SITE_PACKAGES
+
+    def __post_init__(self):
+        _check_include(self.include)
+
+    def docs(self) -> Iterator[Doc]:
+        """One document a file, sorted by path."""
+        reader = _Reader(self.name)
+        for file in _python_files(self.include, self.packages):
+            text = reader.text(file.path)
+            if text is not None:
+                yield Doc(file.id, text, self.name, file.meta())
+        reader.report()
+
+    def version(self) -> str:
+        """Versions of the interpreter and of the packages."""
+        return _python_version(self.include, self.packages)
+
+
+@dataclass(frozen=True)
+class Docstrings:
+    """English prose from code: the long docstrings of one Python file joined to one document."""
+
+    name: str = "docstrings"
+    include: tuple[str, ...] = ("stdlib",)
+    packages: tuple[str, ...] = SITE_PACKAGES
+    min_chars: int = 200  # shorter ones mostly repeat the signature
+
+    def __post_init__(self):
+        _check_include(self.include)
+
+    def docs(self) -> Iterator[Doc]:
+        """One document for each file that has a long docstring, sorted by path."""
+        reader = _Reader(self.name)
+        for file in _python_files(self.include, self.packages):
+            text = reader.text(file.path)
+            prose = _docstrings(text, self.min_chars) if text is not None else ""
+            if prose:
+                yield Doc(file.id, prose, self.name, file.meta())
+        reader.report()
+
+    def version(self) -> str:
+        """Versions of the interpreter and of the packages."""
+        return _python_version(self.include, self.packages)
+
+
+@dataclass(frozen=True)
+class PydocTopics:
+    """The Python language reference as `help()` carries it, one document a topic."""
+
+    name: str = "topics"
+
+    def docs(self) -> Iterator[Doc]:
+        """One document a topic, sorted by its name."""
+        from pydoc_data.topics import topics
+
+        for topic in sorted(topics):
+            meta = {"path": f"pydoc/{topic}", "repo": "cpython", "licence": "PSF-2.0"}
+            yield Doc(f"pydoc/{topic}", topics[topic], self.name, meta)
+
+    def version(self) -> str:
+        """The version of the interpreter."""
+        return f"python=={platform.python_version()}"
+
+
+@dataclass(frozen=True)
+class PackageDocs:
+    """Descriptions and *.md / *.rst files of installed distributions (all, or those named)."""
+
+    name: str = "packages"
+    distributions: tuple[str, ...] = ()
+
+    def docs(self) -> Iterator[Doc]:
+        """A distribution's description, then its text files by path; distributions by name."""
+        reader = _Reader(self.name)
+        for dist_name, dist in self._distributions():
+            meta = {"repo": dist_name, "licence": _licence(dist), "group": f"dist/{dist_name}"}
+            description = (dist.metadata.get_payload() or "").strip()
+            if description:
+                where = f"{dist_name}/METADATA"
+                yield Doc(where, description, self.name, meta | {"path": where})
+            for path, where in _prose_files(dist, dist_name):
+                text = reader.text(path)
+                if text is not None:
+                    yield Doc(where, text, self.name, meta | {"path": where})
+        reader.report()
+
+    def version(self) -> str:
+        """Names and versions of the distributions."""
+        return " ".join(f"{name}=={dist.version}" for name, dist in self._distributions())
+
+    def _distributions(self) -> list[tuple[str, importlib.metadata.Distribution]]:
+        if self.distributions:
+            found = [(name, _distribution(name)) for name in set(self.distributions)]
+        else:
+            found = [(d.metadata.get("Name"), d) for d in importlib.metadata.distributions()]
+        # The first on the path wins; a folder left by a failed uninstall has no name.
+        by_name = {name.lower(): dist for name, dist in reversed(found) if name}
+        return sorted(by_name.items())
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Your own folder: every file that matches the pattern is one document."""
+
+    root: str
+    pattern: str = "**/*.txt"
+    name: str = "files"
+    licence: str = ""
+
+    def docs(self) -> Iterator[Doc]:
+        """One document a file, sorted by path.
+
+        Raises: ValueError when nothing matches.
+        """
+        reader = _Reader(self.name)
+        for path, where in self._files():
+            text = reader.text(path)
+            if text is not None:
+                meta = {"path": where, "repo": Path(self.root).name, "licence": self.licence}
+                yield Doc(where, text, self.name, meta)
+        reader.report()
+
+    def version(self) -> str:
+        """A digest of paths, sizes and times, so that an edited folder is read again."""
+        digest = hashlib.sha256()
+        for path, where in self._files():
+            stat = path.stat()
+            digest.update(f"{where} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def _files(self) -> list[tuple[Path, str]]:
+        root = Path(self.root)
+        files = [(p, p.relative_to(root).as_posix()) for p in root.glob(self.pattern)]
+        files = sorted((pair for pair in files if pair[0].is_file()), key=lambda pair: pair[1])
+        if not files:
+            raise ValueError(f"no file in {root} matches {self.pattern!r}; check root and pattern")
+        return files
+
+
+class _Reader:
+    """Reads UTF-8 files; counts what it could not read and what was blank."""
+
+    def __init__(self, source: str):
+        self.source, self.read, self.undecodable, self.blank = source, 0, 0, 0
+
+    def text(self, path: Path) -> str | None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            self.undecodable += 1
+            return None
+        if not text.strip():
+            self.blank += 1
+            return None
+        self.read += 1
+        return text
+
+    def report(self) -> None:
+        log.info(
+            "%s: %d files read, %d skipped as not UTF-8, %d as blank",
+            self.source,
+            self.read,
+            self.undecodable,
+            self.blank,
+        )
+
+
+class _PythonFile(NamedTuple):
+    path: Path
+    id: str  # path from the folder that holds the package, the same on every machine
+    repo: str
+    licence: str
+
+    def meta(self) -> dict[str, str]:
+        group = f"file/{self.repo}/{self.id}"
+        return {"path": self.id, "repo": self.repo, "licence": self.licence, "group": group}
+
+
+def _python_files(include: tuple[str, ...], packages: tuple[str, ...]) -> Iterator[_PythonFile]:
+    if "stdlib" in include:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        for path, where in _sorted_python(root, root):
+            yield _PythonFile(path, where, "cpython", "PSF-2.0")
+    if "site" in include:
+        for package in packages:
+            folder, licence = _package_folder(package), _licence(_distribution(package))
+            for path, where in _sorted_python(folder, folder.parent):
+                yield _PythonFile(path, where, package, licence)
+
+
+def _sorted_python(folder: Path, root: Path) -> list[tuple[Path, str]]:
+    found = []
+    for path in folder.rglob("*.py"):
+        is_test = path.stem.startswith("test_") or path.stem.endswith("_test")
+        if not is_test and not _LEFT_OUT.intersection(path.relative_to(folder).parts):
+            found.append((path, path.relative_to(root).as_posix()))
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def _docstrings(code: str, min_chars: int) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # old escapes in other people's code
+        try:
+            tree = ast.parse(code)
+        except SyntaxError:  # templates with a .py name
+            return ""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    found = [ast.get_docstring(node) or "" for node in nodes]
+    return "\n\n".join(text for text in found if len(text) >= min_chars)
+
+
+def _prose_files(
+    dist: importlib.metadata.Distribution, dist_name: str
+) -> Iterator[tuple[Path, str]]:
+    legal = ("licen", "copying", "notice", "authors")
+    for file in sorted(dist.files or (), key=str):
+        path = Path(str(dist.locate_file(file)))
+        if file.suffix not in (".md", ".rst") or path.name.lower().startswith(legal):
+            continue
+        if path.is_file():
+            yield path, f"{dist_name}/{file.as_posix()}"
+
+
+def _check_include(include: tuple[str, ...]) -> None:
+    for part in include:
+        if part not in ("stdlib", "site"):
+            raise ValueError(f"include has {part!r}; use 'stdlib', 'site' or both")
+
+
+def _python_version(include: tuple[str, ...], packages: tuple[str, ...]) -> str:
+    parts = [f"python=={platform.python_version()}"]
+    if "site" in include:
+        parts += [f"{package}=={_distribution(package).version}" for package in packages]
+    return " ".join(parts)
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"package {package!r} is not installed here; drop it from packages")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ValueError(f"no installed distribution is named {name!r}; drop it") from error
+
+
+def _licence(dist: importlib.metadata.Distribution) -> str:
+    stated = dist.metadata.get("License-Expression") or dist.metadata.get("License") or ""
+    if stated and "\n" not in stated:
+        return stated
+    classifiers = dist.metadata.get_all("Classifier") or []
+    return next((c.rsplit(" :: ", 1)[-1] for c in classifiers if c.startswith("License")), "")

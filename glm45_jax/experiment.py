@@ -1,0 +1,398 @@
+"""The one value that describes a run, and what running it means. The type to know is `Experiment`.
+
+`run_training` is the run of pretraining, mid-training and SFT: it opens data, checkpoints and writers, wires the hooks, and
+hands all of it to `train.loop`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from glm45_jax import hf, metrics, values
+from glm45_jax import params as params_lib
+from glm45_jax.checkpoint import Checkpoints
+from glm45_jax.data import ngram
+from glm45_jax.data.prepare import Data, Prepared, prepare
+from glm45_jax.data.prepare import rows as data_rows
+from glm45_jax.model import cost, transformer
+from glm45_jax.model.config import ModelConfig
+from glm45_jax.optim.mixed import AdamW
+from glm45_jax.optim.muon import Muon
+from glm45_jax.rollout.sampling import generate
+from glm45_jax.sharding import MeshShape, Rules
+from glm45_jax.tokenizer import END_OF_TEXT
+from glm45_jax.train.loop import Outcome, Validate, resume, run_steps
+from glm45_jax.train.parallel import Pmap, Recipe, Trainer, make_trainer
+from glm45_jax.train.report import write_report
+from glm45_jax.train.state import Train, TrainState
+
+log = logging.getLogger(__name__)
+
+MAX_PADDING_ROWS = 1024  # of the embedding beyond the tokenizer's ids; the released table has 187
+MAY_CHANGE = ("mesh", "rules", "train.log_every", "train.save_every", "train.keep")  # in a workdir that goes on
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be run: one message for people, no traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scratch:
+    """Start from random weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FromRun:
+    """Start from the weights of another run's newest checkpoint; optimizer, step and data start anew."""
+
+    workdir: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FromHF:
+    """Start from the weights of a released-style folder (see `hf.load`)."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the report shows beside the curves: continuations of prompts, and n-gram models fitted on the training tokens."""
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: int = 64
+    temperature: float = 0.8
+    ngrams: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A whole run as a value. `run(experiment, workdir)` returns how it ended.
+
+    mesh: `MeshShape` for jit on a mesh, `Pmap` for pmap on this host. rl and evals belong to later loops.
+    """
+
+    name: str
+    model: ModelConfig
+    data: Data
+    optim: Muon | AdamW
+    train: Train
+    mesh: MeshShape | Pmap = MeshShape()
+    rules: Rules = Rules()
+    init: Scratch | FromRun | FromHF = Scratch()
+    report: Report = Report()
+    seed: int = 0
+    rl: None = None
+    evals: tuple[Any, ...] = ()
+    run: Callable[[Experiment, pathlib.Path], Outcome] = dataclasses.field(
+        default_factory=lambda: run_training
+    )
+
+    def __post_init__(self) -> None:
+        spare = self.model.vocab - self.data.vocab
+        if not 0 <= spare <= MAX_PADDING_ROWS:
+            raise ValueError(
+                f"the tokenizer has {self.data.vocab} ids, the model {self.model.vocab} rows; make model.vocab equal to "
+                f"data.vocab, or up to {MAX_PADDING_ROWS} larger"
+            )
+        ramp = self.train.ramp(self.data.seq_len)
+        for rows in {rows for _, rows in self.batch_sizes()}:
+            self.train.accum(rows)
+        assert ramp.rows_at(0) >= 1
+
+    def batch_sizes(self) -> list[tuple[int, int]]:
+        """(first step, rows of the global batch) of every piece of the batch ramp."""
+        pieces = self.train.ramp(self.data.seq_len).pieces
+        return [(first, rows) for first, _, rows in pieces if first < self.train.steps]
+
+    def devices(self) -> int:
+        """Devices the mesh asks for; those that are here where it says -1."""
+        if isinstance(self.mesh, Pmap):
+            return jax.local_device_count() if self.mesh.devices == -1 else self.mesh.devices
+        sizes = dataclasses.astuple(self.mesh)
+        return jax.device_count() if -1 in sizes else int(np.prod(sizes))
+
+
+def run_training(exp: Experiment, workdir: pathlib.Path) -> Outcome:
+    """Trains, resuming where `workdir` holds this experiment already; ends with a report.
+
+    Raises: BadInput for anything that is wrong before the first step, with nothing overwritten.
+    """
+    began = time.monotonic()
+    try:
+        ready = _open(exp, workdir)
+    except (ValueError, FileNotFoundError) as error:
+        raise BadInput(str(error)) from error
+    log.info("%d devices, step %d of %d", ready.trainer.n_devices, ready.start, exp.train.steps)
+    state, outcome = _train(ready)
+    if jax.process_index() == 0 and outcome.why != "not finite":
+        path = _write_report(ready, state, outcome, time.monotonic() - began)
+        log.info("report: %s", path)
+    return outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """A run whose every door has been passed."""
+
+    exp: Experiment
+    workdir: pathlib.Path
+    prepared: Prepared
+    source: Any
+    trainer: Trainer
+    checkpoints: Checkpoints
+    state: TrainState
+    start: int
+
+
+def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
+    _claim(exp, workdir)
+    recipe = Recipe(exp.model, exp.optim, exp.train, packed=_packed(exp.data))
+    trainer = make_trainer(exp.mesh, recipe, exp.rules)
+    for _, rows in exp.batch_sizes():
+        trainer.check_rows(rows)
+    trainer.check_rows(exp.train.validate_rows)
+    prepared = prepare(exp.data, workdir / "data")
+    source = _loader(exp, prepared)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=exp.train.keep)
+    resumed = resume(trainer, checkpoints)
+    if resumed is None:
+        return _Ready(exp, workdir, prepared, source, trainer, checkpoints, _initial(exp, trainer), 0)
+    state, sidecars, start = resumed
+    source.check_state(sidecars["loader"])
+    log.info("resuming at step %d", start)
+    return _Ready(exp, workdir, prepared, source, trainer, checkpoints, state, start)
+
+
+def _claim(exp: Experiment, workdir: pathlib.Path) -> None:
+    """The workdir is new, or holds this experiment.
+
+    Raises: ValueError naming what differs.
+    """
+    path = workdir / "experiment.json"
+    mine = values.to_json(exp)
+    if path.exists():
+        old = values.flatten(values.from_json(json.loads(path.read_text())))
+        now = values.flatten(exp)
+        differ = [
+            f"{key}: {old.get(key)!r} there, {now.get(key)!r} here"
+            for key in sorted(old.keys() | now.keys())
+            if old.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+        ]
+        if differ:
+            raise ValueError(
+                f"{workdir} holds another experiment ({'; '.join(differ[:5])}); nothing was touched; "
+                "give another --workdir, or the old values"
+            )
+        return
+    if workdir.exists() and (workdir / "checkpoints").exists():
+        raise ValueError(f"{workdir} has checkpoints but no experiment.json; give another --workdir")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(mine, indent=1))
+
+
+def _packed(data: Data) -> bool:
+    """False where every row is one document to the model: joined and cut, without a document mask."""
+    return getattr(data.packing, "document_mask", True)
+
+
+def _loader(exp: Experiment, prepared: Prepared) -> Any:
+    from glm45_jax.data.loader import Loader  # grain is not on every machine that trains
+
+    return Loader(
+        data_rows(exp.data, prepared, "train"),
+        seed=exp.seed,
+        span=exp.train.ramp(exp.data.seq_len).span,
+        host=(jax.process_index(), jax.process_count()),
+        fingerprint=prepared.fingerprint,
+    )
+
+
+def _initial(exp: Experiment, trainer: Trainer) -> TrainState:
+    state = trainer.init(jax.random.key(exp.seed))
+    if isinstance(exp.init, Scratch):
+        return state
+    view = trainer.save_view(state)
+    layout = jax.tree.map(lambda x: x.sharding, view.params)
+    if isinstance(exp.init, FromHF):
+        cfg, params = hf.load(exp.init.path)
+        if transformer.specs(cfg) != transformer.specs(exp.model):
+            raise ValueError(f"{exp.init.path} holds {cfg}, the experiment wants {exp.model}")
+        params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, view.params)
+    else:
+        # Only the weights are asked for: the other run may have had another optimizer.
+        wanted = {"params": trainer.abstract.params}
+        params = Checkpoints(pathlib.Path(exp.init.workdir) / "checkpoints").restore(wanted, partial=True).state["params"]
+    return trainer.load_view(view.replace(params=jax.device_put(params, layout)))
+
+
+def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
+    exp = ready.exp
+    peak, source_of_peak = cost.peak_flops(jax.devices()[0])
+    log.info("peak of a device: %.3g FLOP/s (%s)", peak, source_of_peak)
+    main_host = jax.process_index() == 0
+    writers: list[metrics.Writer] = []
+    if main_host:
+        writers = [
+            metrics.Jsonl.open_resumed(ready.workdir / "metrics.jsonl", ready.start + 1),
+            metrics.TensorBoard(ready.workdir / "tensorboard"),
+        ]
+    progress = metrics.Progress(exp.train.steps, ready.start) if main_host else None
+    try:
+        return run_steps(
+            ready.trainer,
+            ready.state,
+            ready.source,
+            train=exp.train,
+            start=ready.start,
+            workdir=ready.workdir,
+            checkpoints=ready.checkpoints,
+            sidecars={"experiment": values.to_json(exp)},
+            writers=writers,
+            progress=progress,
+            hooks=[_validate(ready)],
+            utilisation=lambda rate: cost.mfu(rate, exp.model, exp.data.seq_len, ready.trainer.n_devices, peak),
+        )
+    finally:
+        for writer in [*writers, *([progress] if progress else [])]:
+            writer.close()
+        ready.checkpoints.close()
+
+
+def _validate(ready: _Ready) -> Validate:
+    """Fixed rows of the validation split, the same on every run; also after step 10, where the report starts counting."""
+    exp = ready.exp
+    first = Validate([], exp.train.validate_every, at=(min(10, exp.train.steps), exp.train.steps))
+    return dataclasses.replace(first, batches=[_validation_batch(ready)])
+
+
+def _validation_batch(ready: _Ready) -> Any:
+    from glm45_jax.data.loader import Loader
+
+    exp = ready.exp
+    loader = Loader(
+        data_rows(exp.data, ready.prepared, "val"),
+        seed=0,
+        span=lambda step: (0, exp.train.validate_rows),
+        host=(jax.process_index(), jax.process_count()),
+        fingerprint=ready.prepared.fingerprint,
+    )
+    return loader.batch(0)
+
+
+def _write_report(ready: _Ready, state: TrainState, outcome: Outcome, seconds: float) -> pathlib.Path:
+    exp = ready.exp
+    counts = cost.param_counts(exp.model)
+    facts = {
+        "experiment": exp.name,
+        "ended": f"{outcome.why}, at step {outcome.step} of {exp.train.steps}",
+        "device": f"{ready.trainer.n_devices} x {jax.devices()[0].device_kind}",
+        "parameters": f"{counts.total_stored:,} stored, {counts.active_body_and_head:,} active a token",
+        "tokens": f"{outcome.tokens:,} in this session",
+        "time": f"{outcome.seconds:.0f} s training, {seconds:.0f} s with data, compilation and this report's models",
+        "training tokens": f"{sum(s.n_tokens for s in ready.prepared.train.values()):,} (vocabulary {exp.data.vocab})",
+    }
+    baselines = ngram_losses(ready.prepared, _validation_batch(ready), exp.data.vocab) if exp.report.ngrams else {}
+    samples = _samples(ready, state) if exp.report.prompts else []
+    path = write_report(ready.workdir, title=exp.name, facts=facts, baselines=baselines, samples=samples)
+    for name, nats in baselines.items():
+        log.info("%s: %.4f nats a token", name, nats)
+    return path
+
+
+def ngram_losses(prepared: Prepared, batch: Any, vocab: int) -> dict[str, float]:
+    """Nats a token of a unigram and a Kneser-Ney bigram model fitted on all training tokens, on the validation targets."""
+    train = np.concatenate([store.read(0, store.n_tokens) for store in prepared.train.values()])
+    rows_BT1 = np.concatenate([batch.tokens_BT, batch.targets_BT[:, -1:]], axis=1)
+    return {
+        "unigram": float(ngram.unigram_nats(train, rows_BT1, vocab)),
+        "bigram": float(ngram.bigram_nats(train, rows_BT1, vocab)),
+    }
+
+
+def _samples(ready: _Ready, state: TrainState) -> list[tuple[str, str]]:
+    exp, tokenizer = ready.exp, ready.prepared.tokenizer
+    params = ready.trainer.save_view(state).params
+    ids = generate(
+        params,
+        [tokenizer.encode(text) for text in exp.report.prompts],
+        cfg=exp.model,
+        max_tokens=exp.report.max_tokens,
+        temperature=exp.report.temperature,
+        stop=(tokenizer.id_of(END_OF_TEXT),),
+        key=jax.random.key(exp.seed),
+    )
+    return [(prompt, tokenizer.decode(out)) for prompt, out in zip(exp.report.prompts, ids, strict=True)]
+
+
+def dry_run(exp: Experiment) -> str:
+    """What the run would be, as a table: parameters, FLOPs, memory a device by term, schedule. Allocates nothing."""
+    counts = cost.param_counts(exp.model)
+    flops = cost.flops_per_token(exp.model, exp.data.seq_len)
+    ramp = exp.train.ramp(exp.data.seq_len)
+    tokens = ramp.tokens_at(exp.train.steps)
+    n = exp.devices()
+    _check_rows(exp)
+    lines = [
+        f"experiment   {exp.name}",
+        f"parameters   {counts.body_and_mtp / 1e9:.2f}B body + MTP, {counts.total_stored / 1e9:.2f}B stored; "
+        f"active {counts.active_body / 1e9:.2f}B body",
+        f"run          {exp.train.steps:,} steps, {tokens / 1e9:,.3f}B tokens of {exp.data.seq_len}-token rows, "
+        f"batch {ramp.rows_at(0):,} -> {ramp.rows_at(exp.train.steps - 1):,} rows",
+        f"FLOPs        {flops.total / 1e9:,.3f} GFLOPs a token (forward + backward), {flops.total * tokens:.3g} in all",
+        f"devices      {n} as {exp.mesh}",
+        "memory a device, GiB (E: estimate)",
+    ]
+    rows = max(rows for _, rows in exp.batch_sizes())
+    for term, size in _memory(exp, rows).items():
+        lines.append(f"  {term:<28}{size / 2**30:12,.3f}")
+    at = [0, *(int(tokens * share) for share in (0.01, 0.25, 0.5, 0.75, 1.0))]
+    lines.append("tokens          lr          mtp weight  bias rate")
+    for t in at:
+        row = (exp.optim.lr_at(float(t)), exp.train.mtp_weight(float(t)), exp.train.bias_rate(float(t)))
+        lines.append(f"{t / 1e9:12,.3f}B   " + "  ".join(f"{float(x):<10.4g}" for x in row))
+    return "\n".join(lines)
+
+
+def _check_rows(exp: Experiment) -> None:
+    """Raises ValueError where a batch does not divide over the mesh, without needing its devices."""
+    ways = exp.devices()
+    if isinstance(exp.mesh, MeshShape):
+        sizes = dict(zip(("data", "fsdp", "expert", "context", "tensor"), exp.mesh.resolve(ways), strict=True))
+        ways = int(np.prod([sizes[axis] for axis in exp.rules.batch]))
+    for first, rows in exp.batch_sizes():
+        if rows % ways:
+            raise ValueError(
+                f"batch of {rows} rows (from step {first}) is not a multiple of {ways} devices on {exp.rules.batch}; "
+                f"use {max(ways, rows // ways * ways)} rows or change mesh"
+            )
+
+
+def _memory(exp: Experiment, rows: int) -> dict[str, float]:
+    micro = rows // exp.train.accum(rows)
+    if isinstance(exp.mesh, Pmap):
+        sizes = (exp.devices(), 1, 1, 1, 1)
+    else:
+        sizes = exp.mesh.resolve(exp.devices())
+    return cost.memory_per_device(
+        exp.model,
+        optim=exp.optim,
+        mesh_sizes=sizes,
+        rules=exp.rules,
+        rows=micro,
+        seq_len=exp.data.seq_len,
+        accumulate=micro < rows,
+    )
+
+
+__all__ = ["BadInput", "Experiment", "FromHF", "FromRun", "Report", "Scratch", "dry_run", "params_lib", "run_training"]

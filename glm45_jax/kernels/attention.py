@@ -1,0 +1,106 @@
+"""Causal grouped-query attention over packed rows. Letters: B T S N K G H.
+
+A query sees a key of its own segment whose position is not later. Softmax in float32 (spec 2.2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from glm45_jax.kernels.dispatch import Implementation, anything, pick
+
+NEG = -1e30  # finite, so that a row without keys gives a mean, not NaN
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    segments_BS: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+    positions_BS: jax.Array | None = None,
+    impl: str = "auto",
+) -> jax.Array:
+    """Attention output [B, T, N, H] in the dtype of q; scores scaled by H^-0.5; N a multiple of K, query head n reads n // G.
+
+    Without segments every key is of the same document; without positions query t and key s stand at t and s.
+    Differentiable in q, k, v. Source: spec 2.2.
+
+    Raises: ValueError where a named implementation cannot run on these arguments.
+    """
+    args = (q_BTNH, k_BSKH, v_BSKH)
+    masks = dict(
+        segments_BT=segments_BT,
+        segments_BS=segments_BS,
+        positions_BT=positions_BT,
+        positions_BS=positions_BS,
+    )
+    return pick("attention", IMPLS, impl, *args, **masks)(*args, **masks)
+
+
+def reference(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    *,
+    segments_BT=None,
+    segments_BS=None,
+    positions_BT=None,
+    positions_BS=None,
+):
+    """The definition, with all scores in memory: B * N * T * S floats."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    score_BKGTS = jnp.einsum(
+        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    score_BKGTS = score_BKGTS * jnp.float32(1 / math.sqrt(H))
+    seen_BTS = visible(T, S, segments_BT, segments_BS, positions_BT, positions_BS)
+    score_BKGTS = jnp.where(seen_BTS[:, None, None, :, :], score_BKGTS, jnp.float32(NEG))
+    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(
+        q_BTNH.dtype
+    )  # fp32 softmax, then back
+    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def visible(
+    T, S, segments_BT=None, segments_BS=None, positions_BT=None, positions_BS=None
+) -> jax.Array:
+    """Which keys each query sees: bool [B or 1, T, S]."""
+    at_BT = jnp.arange(T, dtype=jnp.int32)[None, :] if positions_BT is None else positions_BT
+    at_BS = jnp.arange(S, dtype=jnp.int32)[None, :] if positions_BS is None else positions_BS
+    seen_BTS = at_BS[:, None, :] <= at_BT[:, :, None]
+    if segments_BT is None:
+        return seen_BTS
+    segments_BS = segments_BT if segments_BS is None else segments_BS
+    return seen_BTS & (segments_BS[:, None, :] == segments_BT[:, :, None])
+
+
+def _cudnn(q_BTNH, k_BSKH, v_BSKH, **_):
+    return jax.nn.dot_product_attention(
+        q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn"
+    )
+
+
+def _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
+    if jax.default_backend() != "gpu":
+        return "cudnn is for GPU"
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cudnn takes 16-bit floats, not {q_BTNH.dtype}"
+    if any(m is not None for m in masks.values()):
+        return "cudnn is used for whole rows only; segments or positions were given"
+    if q_BTNH.shape[-1] % 8 or q_BTNH.shape[-1] > 128:
+        return f"head width {q_BTNH.shape[-1]} is not a multiple of 8 up to 128"
+    return None
+
+
+IMPLS = (
+    Implementation("cudnn", _cudnn, _cudnn_supports, ("gpu",)),
+    Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
+)

@@ -1,0 +1,124 @@
+"""Cross-entropy from hidden states, over chunks of the vocabulary: all logits never exist at once. Letters: M D V.
+
+With 151,552 words and 8,192 tokens the logits would be 5 GB in float32; here a chunk of them lives at a time, in the
+forward and again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from glm45_jax.kernels.dispatch import Implementation, anything, pick
+
+CHUNK_ELEMENTS = 2**27  # of logits that live at once: 512 MiB in float32
+
+
+def token_nll(
+    h_MD: jax.Array, w_DV: jax.Array, target_M: jax.Array, *, impl: str = "auto"
+) -> jax.Array:
+    """-log softmax(h @ w)[target], float32 [M]. Products in the dtype of h, accumulated in float32.
+
+    Differentiable in h and w; targets outside [0, V) are the caller's error. Source: spec 2.5.
+    """
+    return pick("cross_entropy", IMPLS, impl, h_MD, w_DV, target_M)(h_MD, w_DV, target_M)
+
+
+def reference(h_MD: jax.Array, w_DV: jax.Array, target_M: jax.Array) -> jax.Array:
+    """The definition, with all logits in memory."""
+    logits_MV = _product(h_MD, w_DV.astype(h_MD.dtype))
+    picked_M = jnp.take_along_axis(logits_MV, target_M[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(logits_MV, axis=1) - picked_M
+
+
+def chunked(
+    h_MD: jax.Array, w_DV: jax.Array, target_M: jax.Array, chunk: int | None = None
+) -> jax.Array:
+    """`reference` over chunks of the vocabulary with an online log-sum-exp and a backward of its own."""
+    return _chunked(min(chunk or chunk_words(h_MD.shape[0]), w_DV.shape[1]), h_MD, w_DV, target_M)
+
+
+def chunk_words(tokens: int) -> int:
+    """Words of a chunk for this many tokens: a power of two between 512 and 32,768."""
+    return max(512, min(32_768, 1 << (CHUNK_ELEMENTS // max(tokens, 1)).bit_length() - 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(chunk, h_MD, w_DV, target_M):
+    return _chunked_fwd(chunk, h_MD, w_DV, target_M)[0]
+
+
+def _chunked_fwd(chunk, h_MD, w_DV, target_M):
+    M = h_MD.shape[0]
+
+    def one(carry, i):
+        top_M, sum_M, picked_M = carry
+        logits_MC, word_C, new_C = _logits(h_MD, w_DV, i, chunk)
+        logits_MC = jnp.where(new_C[None, :], logits_MC, -jnp.inf)
+        higher_M = jnp.maximum(top_M, logits_MC.max(axis=1))
+        sum_M = sum_M * jnp.exp(top_M - higher_M) + jnp.exp(logits_MC - higher_M[:, None]).sum(
+            axis=1
+        )
+        is_target_MC = (word_C[None, :] == target_M[:, None]) & new_C[None, :]
+        picked_M = picked_M + jnp.where(is_target_MC, logits_MC, jnp.float32(0)).sum(axis=1)
+        return (higher_M, sum_M, picked_M), None
+
+    zero_M = jnp.zeros(M, jnp.float32)
+    start = (jnp.full(M, -jnp.inf, jnp.float32), zero_M, zero_M)
+    (top_M, sum_M, picked_M), _ = jax.lax.scan(one, start, _chunk_ids(w_DV, chunk))
+    lse_M = top_M + jnp.log(sum_M)
+    return lse_M - picked_M, (h_MD, w_DV, target_M, lse_M)
+
+
+def _chunked_bwd(chunk, saved, g_M):
+    h_MD, w_DV, target_M, lse_M = saved
+
+    def one(carry, i):
+        dh_MD, dw_DV = carry
+        logits_MC, word_C, new_C = _logits(h_MD, w_DV, i, chunk)
+        p_MC = jnp.exp(logits_MC - lse_M[:, None])
+        hit_MC = (word_C[None, :] == target_M[:, None]).astype(jnp.float32)
+        d_MC = ((p_MC - hit_MC) * g_M[:, None] * new_C[None, :].astype(jnp.float32)).astype(
+            h_MD.dtype
+        )  # products in h's dtype
+        first = word_C[0]
+        w_DC = jax.lax.dynamic_slice_in_dim(w_DV, first, chunk, axis=1).astype(h_MD.dtype)
+        dh_MD = dh_MD + jnp.einsum("mc,dc->md", d_MC, w_DC, preferred_element_type=jnp.float32)
+        dw_DC = jnp.einsum("md,mc->dc", h_MD, d_MC, preferred_element_type=jnp.float32)
+        old_DC = jax.lax.dynamic_slice_in_dim(dw_DV, first, chunk, axis=1)
+        return (
+            dh_MD,
+            jax.lax.dynamic_update_slice_in_dim(dw_DV, old_DC + dw_DC, first, axis=1),
+        ), None
+
+    start = (jnp.zeros(h_MD.shape, jnp.float32), jnp.zeros(w_DV.shape, jnp.float32))
+    (dh_MD, dw_DV), _ = jax.lax.scan(one, start, _chunk_ids(w_DV, chunk))
+    return dh_MD.astype(h_MD.dtype), dw_DV.astype(w_DV.dtype), None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def _chunk_ids(w_DV: jax.Array, chunk: int) -> jax.Array:
+    return jnp.arange(-(-w_DV.shape[1] // chunk), dtype=jnp.int32)
+
+
+def _logits(h_MD, w_DV, i, chunk):
+    """Logits of chunk i, its words, and which of them no earlier chunk held: the last chunk is moved back to end at V."""
+    V = w_DV.shape[1]
+    first = jnp.minimum(i * chunk, V - chunk)
+    word_C = first + jnp.arange(chunk, dtype=jnp.int32)
+    w_DC = jax.lax.dynamic_slice_in_dim(w_DV, first, chunk, axis=1).astype(h_MD.dtype)
+    return _product(h_MD, w_DC), word_C, word_C >= i * chunk
+
+
+def _product(h_MD, w_DC):
+    return jnp.einsum("md,dc->mc", h_MD, w_DC, preferred_element_type=jnp.float32)
+
+
+IMPLS = (
+    Implementation("chunked", chunked, anything, ("cpu", "gpu", "tpu")),
+    Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
+)

@@ -1,0 +1,71 @@
+"""Chooses an implementation of a kernel: by name, or "auto" by platform and shape; says once what it took and why.
+
+Each op module has an ordered table `IMPLS` of `Implementation`s, fastest first. A kernel asked for by name that cannot
+run raises; "auto" takes the first that can.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    supports: why it cannot run on these arguments, or None if it can. auto: platforms where "auto" may take it.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[..., str | None]
+    auto: tuple[str, ...]
+
+
+def anything(*_: Any, **__: Any) -> str | None:
+    """`supports` of a reference: it always can."""
+    return None
+
+
+def pick(
+    op: str, impls: tuple[Implementation, ...], name: str, *args: Any, **kwargs: Any
+) -> Callable[..., Any]:
+    """The function to call.
+
+    Raises: ValueError for an unknown name, or for a named implementation that cannot run here.
+    """
+    if name != "auto":
+        chosen = next((i for i in impls if i.name == name), None)
+        if chosen is None:
+            raise ValueError(
+                f"{op}: no implementation {name!r}; there are {[i.name for i in impls]} and 'auto'"
+            )
+        if why := chosen.supports(*args, **kwargs):
+            raise ValueError(f"{op}: impl={name!r}: {why}; impl='auto' picks for you")
+        return chosen.run
+    platform = jax.default_backend()
+    reasons = []
+    for i in impls:
+        why = (
+            i.supports(*args, **kwargs)
+            if platform in i.auto
+            else f"not taken by itself on {platform}"
+        )
+        if why is None:
+            _say_once(op, platform, i.name, tuple(reasons))
+            return i.run
+        reasons.append(f"{i.name}: {why}")
+    raise ValueError(f"{op}: nothing runs on {platform}: {'; '.join(reasons)}")
+
+
+@functools.lru_cache(maxsize=None)
+def _say_once(op: str, platform: str, name: str, reasons: tuple[str, ...]) -> None:
+    log.info("%s on %s: %s%s", op, platform, name, f" ({'; '.join(reasons)})" if reasons else "")

@@ -1,0 +1,136 @@
+"""Sigmoid routing with a selection bias, and the order that groups rows by expert. Letters: M E A R.
+
+The type to know is `Routing`. All of it float32 (spec 2.3).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from glm45_jax.kernels.dispatch import Implementation, anything, pick
+
+
+@struct.dataclass
+class Routing:
+    """Where each token goes.
+
+    expert_MA: chosen experts, best biased score first, int32. gate_MA: their weights, float32. order_R: for each of the
+    R = M * A rows in expert order, its index m * A + a. rows_E: rows of each expert, int32, padding included.
+    """
+
+    expert_MA: jax.Array
+    gate_MA: jax.Array
+    order_R: jax.Array
+    rows_E: jax.Array
+
+
+def route(
+    logits_ME: jax.Array,
+    bias_E: jax.Array,
+    *,
+    top_k: int,
+    groups: int = 1,
+    top_groups: int = 1,
+    norm_topk: bool = True,
+    scale: float = 1.0,
+    impl: str = "auto",
+) -> Routing:
+    """The `top_k` experts of the largest sigmoid(logit) + bias, gated by the unbiased sigmoid.
+
+    Gradients flow to the logits through the gates alone; the bias has none. Source: spec 2.3 steps 2-7.
+    """
+    kwargs = dict(
+        top_k=top_k, groups=groups, top_groups=top_groups, norm_topk=norm_topk, scale=scale
+    )
+    return pick("routing", IMPLS, impl, logits_ME, bias_E, **kwargs)(logits_ME, bias_E, **kwargs)
+
+
+def reference(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) -> Routing:
+    """The definition, by `lax.top_k` and a stable sort."""
+    score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
+    choice_ME = jax.lax.stop_gradient(score_ME + bias_E[None, :].astype(jnp.float32))
+    choice_ME = keep_groups(choice_ME, groups=groups, top_groups=top_groups)
+    _, expert_MA = jax.lax.top_k(choice_ME, top_k)
+    gate_MA = jnp.take_along_axis(score_ME, expert_MA, axis=-1)
+    if norm_topk:
+        gate_MA = gate_MA / (gate_MA.sum(axis=-1, keepdims=True) + 1e-20)
+    order_R = jnp.argsort(expert_MA.reshape(-1), stable=True).astype(jnp.int32)
+    return Routing(expert_MA, gate_MA * scale, order_R, count_rows(expert_MA, logits_ME.shape[-1]))
+
+
+def keep_groups(choice_ME: jax.Array, *, groups: int, top_groups: int) -> jax.Array:
+    """Scores with -inf outside the `top_groups` groups whose two best experts sum highest (spec 2.3 step 3)."""
+    if groups == 1:
+        return choice_ME
+    M, E = choice_ME.shape
+    choice_MGI = choice_ME.reshape(M, groups, E // groups)
+    best_MG2, _ = jax.lax.top_k(choice_MGI, 2)
+    _, kept_MI = jax.lax.top_k(best_MG2.sum(axis=-1), top_groups)
+    kept_MG = jax.nn.one_hot(kept_MI, groups, dtype=jnp.float32).sum(axis=1) > 0
+    return jnp.where(kept_MG[:, :, None], choice_MGI, -jnp.inf).reshape(M, E)
+
+
+def count_rows(expert_MA: jax.Array, experts: int, valid_M: jax.Array | None = None) -> jax.Array:
+    """Tokens sent to each expert, int32 [E]; with `valid_M` only those of valid tokens."""
+    weight_MA = jnp.ones(expert_MA.shape, jnp.int32)
+    if valid_M is not None:
+        weight_MA = weight_MA * valid_M.astype(jnp.int32)[:, None]
+    return jnp.zeros(experts, jnp.int32).at[expert_MA].add(weight_MA)
+
+
+@jax.custom_vjp
+def permute(x_MD: jax.Array, order_R: jax.Array) -> jax.Array:
+    """Rows in expert order: x_RD[r] = x_MD[order_R[r] // A]. Its backward gathers and sums, it never scatters."""
+    return x_MD[order_R // (order_R.shape[0] // x_MD.shape[0])]
+
+
+def _permute_fwd(x_MD, order_R):
+    return permute(x_MD, order_R), (order_R, x_MD.shape[0])
+
+
+def _permute_bwd(saved, g_RD):
+    order_R, M = saved
+    g_MAD = g_RD[inverse(order_R)].reshape(M, -1, g_RD.shape[-1])
+    return g_MAD.astype(jnp.float32).sum(axis=1).astype(
+        g_RD.dtype
+    ), None  # fp32 sum over the A copies
+
+
+permute.defvjp(_permute_fwd, _permute_bwd)
+
+
+@jax.custom_vjp
+def combine(y_RD: jax.Array, gate_MA: jax.Array, order_R: jax.Array) -> jax.Array:
+    """Sum over a token's experts of gate times output, in float32: [M, D]. Inverse of `permute`, by gathers alone."""
+    return _combine_fwd(y_RD, gate_MA, order_R)[0]
+
+
+def _combine_fwd(y_RD, gate_MA, order_R):
+    M, A = gate_MA.shape
+    y_MAD = y_RD[inverse(order_R)].reshape(M, A, -1).astype(jnp.float32)
+    return jnp.einsum("ma,mad->md", gate_MA, y_MAD), (y_RD, gate_MA, order_R)
+
+
+def _combine_bwd(saved, g_MD):
+    y_RD, gate_MA, order_R = saved
+    M, A = gate_MA.shape
+    g_RD = g_MD[order_R // A]
+    dy_RD = (g_RD * gate_MA.reshape(-1)[order_R][:, None]).astype(y_RD.dtype)
+    y_MAD = y_RD[inverse(order_R)].reshape(M, A, -1).astype(jnp.float32)
+    return dy_RD, jnp.einsum("md,mad->ma", g_MD, y_MAD), None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)
+
+
+def inverse(order_R: jax.Array) -> jax.Array:
+    """Place of each m * A + a in the expert order."""
+    R = order_R.shape[0]
+    return (
+        jnp.zeros(R, jnp.int32).at[order_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
+    )
+
+
+IMPLS = (Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),)

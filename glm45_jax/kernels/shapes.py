@@ -1,0 +1,84 @@
+"""Named shapes of each op: one table for tests, benchmarks and tuning. `small` ones run in the CPU suite."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """B rows of T queries and keys, N query and K kv heads of width H; packed: several documents a row."""
+
+    B: int
+    T: int
+    N: int
+    K: int
+    H: int
+    packed: bool = False
+    small: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedShape:
+    """R rows of width D times one of E matrices D x F; skew: share of rows the busiest expert takes, 0 for even."""
+
+    R: int
+    D: int
+    F: int
+    E: int
+    skew: float = 0.0
+    small: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingShape:
+    """M tokens, E experts in `groups`, A active."""
+
+    M: int
+    E: int
+    A: int
+    groups: int = 1
+    top_groups: int = 1
+    small: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LossShape:
+    """M tokens of width D, V words, in chunks of `chunk`."""
+
+    M: int
+    D: int
+    V: int
+    chunk: int
+    small: bool = False
+
+
+ATTENTION = {
+    "tiny": AttentionShape(2, 24, 6, 2, 16, small=True),
+    "tiny packed": AttentionShape(2, 24, 6, 2, 16, packed=True, small=True),
+    "one head": AttentionShape(1, 17, 1, 1, 8, small=True),
+    "air 4k": AttentionShape(8, 4096, 96, 8, 128),
+    "air 4k, one of four": AttentionShape(8, 4096, 24, 2, 128),
+    "air 32k": AttentionShape(1, 32768, 96, 8, 128),
+}
+GROUPED = {
+    "tiny": GroupedShape(144, 64, 32, 8, small=True),
+    "one expert takes all": GroupedShape(200, 32, 16, 4, skew=1.0, small=True),
+    "ragged": GroupedShape(333, 24, 40, 8, skew=0.4, small=True),
+    "fewer rows than experts": GroupedShape(5, 16, 16, 8, small=True),
+    "air gate": GroupedShape(65_536, 4096, 1408, 128, skew=0.03),
+    "air down": GroupedShape(65_536, 1408, 4096, 128, skew=0.03),
+}
+ROUTING = {
+    "tiny": RoutingShape(48, 8, 3, small=True),
+    "grouped": RoutingShape(64, 16, 4, groups=4, top_groups=2, small=True),
+    "one expert": RoutingShape(10, 1, 1, small=True),
+    "air": RoutingShape(8192, 128, 8),
+    "glm45": RoutingShape(8192, 160, 8),
+}
+LOSS = {
+    "tiny": LossShape(48, 64, 256, 64, small=True),
+    "one chunk": LossShape(30, 16, 100, 512, small=True),
+    "ragged chunk": LossShape(33, 16, 101, 32, small=True),
+    "air": LossShape(8192, 4096, 151_552, 4096),
+}

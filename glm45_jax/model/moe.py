@@ -1,0 +1,220 @@
+"""Feed-forward layers: SwiGLU and the mixture of experts (spec 2.1, 2.3). Types to know: `Moe`, `MoeParams`, `MoeOut`.
+
+Arrays are named by the shape one layer sees; stacked, they have a leading L. Letters: B T M D F E A R L.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec
+
+from glm45_jax import sharding
+from glm45_jax.kernels.grouped_matmul import grouped_matmul
+from glm45_jax.kernels.routing import combine, count_rows, permute, route
+from glm45_jax.params import ParamSpec
+
+
+@struct.dataclass
+class MlpParams:
+    """Weights of one SwiGLU."""
+
+    gate_DF: jax.Array
+    up_DF: jax.Array
+    down_FD: jax.Array
+
+
+@struct.dataclass
+class MoeParams:
+    """Weights of one mixture. bias_E steers selection and moves by rule, not by gradient (spec 2.6)."""
+
+    router_DE: jax.Array
+    bias_E: jax.Array
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+    shared: MlpParams | None
+
+
+@struct.dataclass
+class MoeOut:
+    """What one mixture returns.
+
+    y_BTD: output. load_E: valid tokens each expert took, int32, over all devices of the mesh. balance_B: sum over a
+    row's documents of sum_e f_e P_e, float32 (spec 2.5, alpha = 1). logits_BTE: router logits, float32.
+    """
+
+    y_BTD: jax.Array
+    load_E: jax.Array
+    balance_B: jax.Array
+    logits_BTE: jax.Array
+
+
+def mlp_specs(layers: int, d_model: int, width: int, std: float) -> MlpParams:
+    """Plan of `layers` stacked SwiGLUs."""
+    up = ParamSpec(
+        (layers, d_model, width), ("layers", "embed", "mlp"), "matrix", d_model, init=std
+    )
+    down = ParamSpec(
+        (layers, width, d_model), ("layers", "mlp", "embed"), "matrix", width, init=std
+    )
+    return MlpParams(up, up, down)
+
+
+def swiglu(p: MlpParams, x_BTD: jax.Array) -> jax.Array:
+    """down(silu(gate x) * up x): x[B, T, D] · w[D, F/tensor] -> [B, T, D]."""
+    cast = functools.partial(jnp.asarray, dtype=x_BTD.dtype)
+    gate_BTF = jnp.einsum("btd,df->btf", x_BTD, cast(p.gate_DF))
+    up_BTF = jnp.einsum("btd,df->btf", x_BTD, cast(p.up_DF))
+    return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, cast(p.down_FD))
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+    """Mixture of experts with a sigmoid router, a selection bias and shared experts."""
+
+    experts: int = 160
+    top_k: int = 8
+    d_expert: int = 1536
+    shared: int = 1
+    scale: float = 2.5
+    norm_topk: bool = True
+    groups: int = 1
+    top_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.experts % self.groups:
+            raise ValueError(f"experts {self.experts} is not a multiple of groups {self.groups}")
+        if not 1 <= self.top_groups <= self.groups:
+            raise ValueError(
+                f"top_groups {self.top_groups} is not between 1 and groups {self.groups}"
+            )
+        reachable = self.experts // self.groups * self.top_groups
+        if not 1 <= self.top_k <= reachable:
+            raise ValueError(
+                f"top_k {self.top_k} is not between 1 and the {reachable} experts that can be reached"
+            )
+        if self.groups > 1 and self.experts // self.groups < 2:
+            raise ValueError(
+                f"{self.experts} experts in {self.groups} groups: a group is scored by its best two"
+            )
+
+    def specs(self, layers: int, d_model: int, std: float) -> MoeParams:
+        """Plan of `layers` stacked mixtures. Every expert matrix is a matrix of its own to Muon."""
+        L, D, E, F = layers, d_model, self.experts, self.d_expert
+        up = ParamSpec((L, E, D, F), ("layers", "experts", "embed", "mlp"), "matrix", D, init=std)
+        return MoeParams(
+            router_DE=ParamSpec((L, D, E), ("layers", "embed", None), "matrix", D, init=std),
+            bias_E=ParamSpec((L, E), ("layers", None), "state", init="zeros"),
+            gate_EDF=up,
+            up_EDF=up,
+            down_EFD=ParamSpec(
+                (L, E, F, D), ("layers", "experts", "mlp", "embed"), "matrix", F, init=std
+            ),
+            shared=mlp_specs(L, D, self.shared * F, std) if self.shared else None,
+        )
+
+    def __call__(
+        self,
+        p: MoeParams,
+        x_BTD: jax.Array,
+        *,
+        segments_BT: jax.Array | None,
+        impl_route: str,
+        impl_matmul: str,
+    ) -> MoeOut:
+        """Routed plus shared experts. Dropless: every token meets its top_k experts, padding too.
+
+        On a mesh the rows of the batch are routed where they lie: x[B/batch, T, D] -> y[B/batch, T, D], the experts'
+        weights gathered, the load summed over devices.
+        """
+        logits_BTE = jnp.einsum(
+            "btd,de->bte",
+            x_BTD.astype(jnp.float32),  # router
+            p.router_DE.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        weights = jax.tree.map(lambda w: w.astype(x_BTD.dtype), (p.gate_EDF, p.up_EDF, p.down_EFD))
+        body = functools.partial(self._local, impl_route=impl_route, impl_matmul=impl_matmul)
+        y_BTD, load_E, balance_B = _over_rows(body)(
+            x_BTD, logits_BTE, segments_BT, p.bias_E, weights
+        )
+        if p.shared is not None:
+            y_BTD = y_BTD + swiglu(p.shared, x_BTD)
+        return MoeOut(y_BTD, load_E, balance_B, logits_BTE)
+
+    def _local(self, x_BTD, logits_BTE, segments_BT, bias_E, weights, *, impl_route, impl_matmul):
+        """One shard: route, permute, three grouped products, combine."""
+        B, T, D = x_BTD.shape
+        logits_ME = logits_BTE.reshape(B * T, self.experts)
+        r = route(
+            logits_ME,
+            bias_E,
+            top_k=self.top_k,
+            groups=self.groups,
+            top_groups=self.top_groups,
+            norm_topk=self.norm_topk,
+            scale=self.scale,
+            impl=impl_route,
+        )
+        gate_EDF, up_EDF, down_EFD = weights
+        x_RD = permute(x_BTD.reshape(B * T, D), r.order_R)
+        gate_RF = grouped_matmul(x_RD, gate_EDF, r.rows_E, impl=impl_matmul)
+        up_RF = grouped_matmul(x_RD, up_EDF, r.rows_E, impl=impl_matmul)
+        y_RD = grouped_matmul(jax.nn.silu(gate_RF) * up_RF, down_EFD, r.rows_E, impl=impl_matmul)
+        y_MD = combine(y_RD, r.gate_MA, r.order_R).astype(x_BTD.dtype)
+        valid_M = None if segments_BT is None else segments_BT.reshape(-1) > 0
+        load_E = count_rows(r.expert_MA, self.experts, valid_M)
+        return y_MD.reshape(B, T, D), load_E, balance(logits_BTE, segments_BT, top_k=self.top_k)
+
+
+def balance(logits_BTE: jax.Array, segments_BT: jax.Array | None, *, top_k: int) -> jax.Array:
+    """Sequence-wise balance term, alpha = 1, summed over each row's documents: float32 [B].
+
+    f counts the top_k of the *unbiased* scores and has no gradient; P is the mean of the normalised scores. Each document
+    of a packed row is a sequence of its own (docs/adr/0007). Source: spec 2.5.
+    """
+    B, T, E = logits_BTE.shape
+    score_BTE = jax.nn.sigmoid(logits_BTE)
+    share_BTE = score_BTE / score_BTE.sum(axis=-1, keepdims=True)
+    _, chosen_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTE), top_k)
+    hit_BTE = jax.nn.one_hot(chosen_BTA, E, dtype=jnp.float32).sum(axis=2)
+    if segments_BT is None:
+        f_BE = hit_BTE.sum(axis=1) * (E / (top_k * T))
+        return jnp.einsum("be,be->b", f_BE, share_BTE.mean(axis=1))
+
+    def one(hit_TE, share_TE, segment_T):
+        valid_T = (segment_T > 0).astype(jnp.float32)
+        total = functools.partial(jax.ops.segment_sum, segment_ids=segment_T, num_segments=T + 1)
+        tokens_Z = jnp.maximum(total(valid_T), 1.0)  # Z: documents of the row; 0 is padding
+        f_ZE = total(hit_TE * valid_T[:, None]) * (E / top_k) / tokens_Z[:, None]
+        p_ZE = total(share_TE * valid_T[:, None]) / tokens_Z[:, None]
+        return (f_ZE * p_ZE).sum()
+
+    return jax.vmap(one)(hit_BTE, share_BTE, segments_BT)
+
+
+def _over_rows(body):
+    """`body` on each device's rows of the batch; plain `body` where no mesh is set."""
+    ambient = sharding.current()
+    if ambient is None:
+        return body
+    mesh, rules = ambient
+    axes = sharding.batch_axes(mesh, rules)
+    rows, whole = PartitionSpec(axes or None), PartitionSpec()
+
+    def local(*args):
+        y_BTD, load_E, balance_B = body(*args)
+        return y_BTD, jax.lax.psum(load_E, axes) if axes else load_E, balance_B
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, whole, whole),
+        out_specs=(rows, whole, rows),
+        check_vma=False,
+    )

@@ -1,0 +1,1 @@
+"""Serving rollouts: sampling and, later, the engine."""

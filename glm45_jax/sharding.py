@@ -1,0 +1,177 @@
+"""Meshes and where arrays lie on them: logical axis names, `Rules`, constraints.
+
+Arrays are described by logical axes ("batch", "embed", "experts"...); a `Rules` value says which mesh axes each lies
+on. `use(mesh, rules)` sets both for the code traced inside; without it every function here is the identity, so model
+code runs unchanged on one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from glm45_jax.params import is_spec
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each mesh axis; at most one may be -1 (the rest of the devices)."""
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.astuple(self)
+        if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
+            raise ValueError(
+                f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are >= 1, at most one of them -1"
+            )
+
+    def resolve(self, n_devices: int) -> tuple[int, ...]:
+        """Sizes in the order of `AXES`.
+
+        Raises: ValueError where they do not multiply to `n_devices`.
+        """
+        sizes = dataclasses.astuple(self)
+        known = math.prod(n for n in sizes if n > 0)
+        if -1 in sizes and n_devices % known == 0:
+            return tuple(n_devices // known if n == -1 else n for n in sizes)
+        if known != n_devices:
+            named = dict(zip(AXES, sizes, strict=True))
+            raise ValueError(
+                f"mesh {named} needs a multiple of {known} devices, there are {n_devices}; set one to -1"
+            )
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Mesh axes of each logical axis. Weights by fsdp and tensor; activations by batch.
+
+    The default is fully sharded data parallelism with tensor parallel heads, mlp and vocabulary.
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp", "expert")
+    seq: tuple[str, ...] = ("context",)
+    embed: tuple[str, ...] = ("fsdp",)
+    vocab: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_dim: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ("tensor",)
+    experts: tuple[str, ...] = ("expert",)
+    layers: tuple[str, ...] = ()
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """PartitionSpec of an array with these logical axes; a mesh axis is used once, by the first that asks.
+
+        Raises: ValueError for a logical axis that has no rule.
+        """
+        used: set[str] = set()
+        parts: list[tuple[str, ...] | None] = []
+        known = {f.name for f in dataclasses.fields(self)}
+        for name in axes:
+            if name is not None and name not in known:
+                raise ValueError(f"no rule for logical axis {name!r}; rules are {sorted(known)}")
+            mesh_axes = (
+                () if name is None else tuple(a for a in getattr(self, name) if a not in used)
+            )
+            used.update(mesh_axes)
+            parts.append(mesh_axes or None)
+        return PartitionSpec(*parts)
+
+
+_ambient: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
+    "mesh_and_rules", default=None
+)
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh with all five axes over `devices` (default: every device of every host), axis types Auto."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = shape.resolve(len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None, rules: Rules) -> Iterator[None]:
+    """Code traced inside sees this mesh and these rules. `None` leaves one device."""
+    token = _ambient.set(None if mesh is None else (mesh, rules))
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
+def current() -> tuple[Mesh, Rules] | None:
+    """The mesh and rules set by `use`, or None."""
+    return _ambient.get()
+
+
+def constrain(x: jax.Array, axes: Axes) -> jax.Array:
+    """`x`, laid out by the rules of its logical axes; `x` itself where no mesh is set."""
+    ambient = current()
+    if ambient is None:
+        return x
+    mesh, rules = ambient
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, _fitting(rules.spec(axes), x.shape, mesh))
+    )
+
+
+def shardings(specs: Any, mesh: Mesh, rules: Rules) -> Any:
+    """NamedSharding of every weight of a plan. A dimension that its mesh axes do not divide is replicated."""
+
+    def one(spec: Any) -> NamedSharding:
+        return NamedSharding(mesh, _fitting(rules.spec(spec.axes), spec.shape, mesh))
+
+    return jax.tree.map(one, specs, is_leaf=is_spec)
+
+
+def batch_axes(mesh: Mesh, rules: Rules) -> tuple[str, ...]:
+    """Mesh axes over which sequences are split, those of size 1 left out."""
+    return tuple(a for a in rules.batch if mesh.shape[a] > 1)
+
+
+def check_batch(rows: int, mesh: Mesh, rules: Rules) -> None:
+    """Raises ValueError where `rows` sequences do not divide over the batch axes."""
+    n = math.prod(mesh.shape[a] for a in rules.batch)
+    if rows % n:
+        raise ValueError(
+            f"batch of {rows} rows is not a multiple of {n} devices on axes {rules.batch}; "
+            f"use {max(n, rows // n * n)} rows or change mesh/rules.batch"
+        )
+
+
+def put(tree: Any, mesh: Mesh, rules: Rules, axes: Axes = ("batch", "seq")) -> Any:
+    """Host-local numpy arrays as global arrays: this host's rows are its slice of the global batch."""
+    spec = rules.spec(axes)
+
+    def one(x: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, PartitionSpec(*spec[: x.ndim]))
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(one, tree)
+
+
+def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The spec without the entries that do not divide their dimension."""
+    parts = []
+    for size, entry in zip(shape, spec, strict=True):
+        names = (entry,) if isinstance(entry, str) else (entry or ())
+        parts.append(entry if size % math.prod(mesh.shape[a] for a in names) == 0 else None)
+    return PartitionSpec(*parts)

@@ -1,0 +1,1 @@
+"""Pretraining, mid-training and SFT: one loop around one pure `train_step`."""

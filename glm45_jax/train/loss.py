@@ -1,0 +1,117 @@
+"""Losses of pretraining and their denominators (spec 2.5). Types: `Denominators`, `Weights`, `LossOut`.
+
+Every part is a sum divided by a count over the *global* batch, known before the backward pass: parts, losses and gradients
+of micro-batches and devices then simply add up (docs/adr/0008).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from glm45_jax.data.types import Batch
+from glm45_jax.kernels.cross_entropy import token_nll
+from glm45_jax.model import mtp, transformer
+from glm45_jax.model.config import ModelConfig
+from glm45_jax.model.transformer import Params
+
+
+@struct.dataclass
+class Denominators:
+    """Counts of a batch, float32: targets of the next token, targets of MTP, documents."""
+
+    tokens: jax.Array
+    mtp_tokens: jax.Array
+    documents: jax.Array
+
+
+@struct.dataclass
+class Weights:
+    """Weights of the parts at this step, float32: lambda of MTP and alpha of the balance loss."""
+
+    mtp: jax.Array
+    balance: jax.Array
+
+
+@struct.dataclass
+class LossOut:
+    """loss: the sum of the weighted parts. tokens: targets counted. parts: each unweighted. load_LE: MoE layers, then MTP."""
+
+    loss: jax.Array
+    tokens: jax.Array
+    parts: dict[str, jax.Array]
+    load_LE: jax.Array
+
+
+def count(batch: Batch) -> Denominators:
+    """Counts of this batch; sum them over micro-batches and devices before use. Documents end where the segment changes."""
+    segment_BT = batch.segments_BT
+    before_BT = jnp.pad(segment_BT[:, :-1], ((0, 0), (1, 0)))
+    return Denominators(
+        tokens=batch.mask_BT.sum(dtype=jnp.float32),
+        mtp_tokens=mtp_mask(batch).sum(dtype=jnp.float32),
+        documents=((segment_BT > 0) & (segment_BT != before_BT)).sum(dtype=jnp.float32),
+    )
+
+
+def mtp_mask(batch: Batch) -> jax.Array:
+    """1 where MTP position i has a target: token i + 2 counts, and i, i + 1 are of one document. [B, T - 1]."""
+    same_BT = mtp.inner_segments(batch.segments_BT) > 0
+    return batch.mask_BT[:, 1:] * same_BT.astype(jnp.float32)
+
+
+def loss(
+    params: Params, batch: Batch, denominators: Denominators, weights: Weights, *, cfg: ModelConfig, packed: bool
+) -> LossOut:
+    """CE + lambda * MTP + alpha * balance of this batch's share of the global one.
+
+    packed: rows hold several documents, or padding; False lets kernels treat a row as one document. Whether GLM balances
+    per document or per packed row is UNVERIFIED: here per document (docs/adr/0007).
+    """
+    segments_BT = batch.segments_BT if packed else None
+    positions_BT = batch.positions_BT if packed else None
+    hidden = transformer.forward(
+        params,
+        batch.tokens_BT,
+        cfg=cfg,
+        positions_BT=positions_BT,
+        segments_BT=segments_BT,
+        keep_router_logits=False,
+    )
+    ce = cross_entropy_sum(params, hidden.hidden_BTD, batch.targets_BT, batch.mask_BT, cfg=cfg)
+    parts = {"ce": ce / _at_least_one(denominators.tokens)}
+    balance, load_LE = hidden.balance_LB.sum(), hidden.load_LE
+    total = parts["ce"]
+    if cfg.n_mtp:
+        ahead = mtp.forward_all(
+            params,
+            hidden.hidden_BTD,
+            batch.tokens_BT,
+            cfg=cfg,
+            positions_BT=positions_BT,
+            segments_BT=segments_BT,
+        )
+        nll = cross_entropy_sum(params, ahead.hidden_BTD, batch.targets_BT[:, 1:], mtp_mask(batch), cfg=cfg)
+        parts["mtp"] = nll / _at_least_one(denominators.mtp_tokens)
+        total = total + weights.mtp * parts["mtp"]
+        balance, load_LE = balance + ahead.balance_LB.sum(), jnp.concatenate([load_LE, ahead.load_LE])
+    parts["balance"] = balance / _at_least_one(denominators.documents)
+    return LossOut(total + weights.balance * parts["balance"], denominators.tokens, parts, load_LE)
+
+
+def cross_entropy_sum(
+    params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *, cfg: ModelConfig
+) -> jax.Array:
+    """Sum of -log p(target) where the mask is 1, float32."""
+    D = hidden_BTD.shape[-1]
+    nll_M = token_nll(
+        hidden_BTD.reshape(-1, D), params.head_DV, targets_BT.reshape(-1), impl=cfg.impl.cross_entropy
+    )
+    return (nll_M * mask_BT.reshape(-1)).sum()
+
+
+def _at_least_one(n: Any) -> jax.Array:
+    return jnp.maximum(n, jnp.float32(1))

@@ -1,0 +1,169 @@
+"""One optimizer step as a pure function (spec 2.5-2.7). Letters: B T L E; Z micro-batches.
+
+Gradients are sums over micro-batches and devices; the router bias moves once, from the whole batch's load.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from glm45_jax import params as params_lib
+from glm45_jax.data.types import Batch
+from glm45_jax.model.config import ModelConfig
+from glm45_jax.model.transformer import Params
+from glm45_jax.optim.schedules import tokens_add, tokens_float
+from glm45_jax.train.loss import Denominators, LossOut, Weights, count, loss
+from glm45_jax.train.state import Train, TrainState
+
+
+@struct.dataclass
+class StepOut:
+    """scalars: float32, by metric name. load_LE: tokens each expert took. bias_LE: biases after the step. ok: the step
+    was finite and was taken; otherwise the state is the old one."""
+
+    scalars: dict[str, jax.Array]
+    load_LE: jax.Array
+    bias_LE: jax.Array
+    ok: jax.Array
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    cfg: ModelConfig,
+    optim: Any,
+    tx: optax.GradientTransformation,
+    train: Train,
+    specs: Any,
+    packed: bool,
+    accum: int = 1,
+    axis_name: str | None = None,
+) -> tuple[TrainState, StepOut]:
+    """The state after one batch, and what to log.
+
+    tx: updates for a learning rate of one (`optim.build`); optim.lr_at gives the rate. axis_name: of a `pmap`; on a mesh
+    the batch is global already. A step whose loss or gradient is not finite changes nothing and says so in `ok`.
+    """
+    seen = tokens_float(state.tokens_seen)
+    weights = Weights(train.mtp_weight(seen), train.balance_weight(seen))
+    grads, out = gradients(
+        state.params, batch, weights, cfg=cfg, packed=packed, accum=accum, axis_name=axis_name
+    )
+    grad_norm = optax.tree.norm(grads)
+    ok = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
+    lr = optim.lr_at(seen)
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = jax.tree.map(lambda w, u: w + (lr * u.astype(jnp.float32)).astype(w.dtype), state.params, updates)
+    params = move_bias(params, out.load_LE, train.bias_rate(seen))
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    taken = TrainState(
+        step=state.step + 1,
+        params=params,
+        opt=opt,
+        key=jax.random.fold_in(state.key, state.step),
+        tokens_seen=tokens_add(state.tokens_seen, batch.tokens_BT.size * devices),
+    )
+    scalars = {"loss": out.loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens_float(taken.tokens_seen)}
+    scalars |= {f"loss/{name}": value for name, value in out.parts.items()}
+    scalars |= {f"update_rms/{kind}": rms for kind, rms in update_rms(updates, specs).items()}
+    scalars |= balance_scalars(out.load_LE, biases(params))
+    state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), taken, state)
+    return state, StepOut(scalars, out.load_LE, biases(state.params), ok)
+
+
+def gradients(
+    params: Params,
+    batch: Batch,
+    weights: Weights,
+    *,
+    cfg: ModelConfig,
+    packed: bool,
+    accum: int = 1,
+    axis_name: str | None = None,
+) -> tuple[Params, LossOut]:
+    """Gradient and loss of the global batch: the same numbers however it is cut into micro-batches and devices."""
+    denominators = _global(count(batch), axis_name)
+
+    def one(micro: Batch):
+        def scalar(params: Params):
+            out = loss(params, micro, denominators, weights, cfg=cfg, packed=packed)
+            return out.loss, out
+
+        (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
+        return grads, out.replace(tokens=count(micro).tokens)
+
+    if accum == 1:
+        total = one(batch)
+    else:
+        # Micro-batch z takes rows z, z + accum, ...: rows stay on the device that holds them.
+        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), batch)
+        split = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), split)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, _first(split)))
+        total, _ = jax.lax.scan(lambda sums, micro: (_add(sums, one(micro)), None), zero, split)
+    return _global(total, axis_name)
+
+
+def move_bias(params: Params, load_LE: jax.Array, rate: jax.Array) -> Params:
+    """Router biases moved by rate * sign(mean load - load). Source: spec 2.6. load_LE: MoE layers, then MTP."""
+    load_LE = load_LE.astype(jnp.float32)
+    step_LE = rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
+    n_moe = 0
+    if params.moe is not None:
+        n_moe = params.moe.ffn.bias_E.shape[0]
+        moved = params.moe.ffn.replace(bias_E=params.moe.ffn.bias_E + step_LE[:n_moe])
+        params = params.replace(moe=params.moe.replace(ffn=moved))
+    if params.mtp is not None:
+        block = params.mtp.block
+        moved = block.ffn.replace(bias_E=block.ffn.bias_E + step_LE[n_moe:])
+        params = params.replace(mtp=params.mtp.replace(block=block.replace(ffn=moved)))
+    return params
+
+
+def biases(params: Params) -> jax.Array:
+    """Router biases of the MoE layers, then MTP: [L, E]."""
+    parts = [] if params.moe is None else [params.moe.ffn.bias_E]
+    parts += [] if params.mtp is None else [params.mtp.block.ffn.bias_E]
+    return jnp.concatenate(parts) if parts else jnp.zeros((0, 1), jnp.float32)
+
+
+def update_rms(updates: Any, specs: Any) -> dict[str, jax.Array]:
+    """Root mean square of the unit-rate update of each kind of weight that an optimizer moves."""
+    squares: dict[str, list[jax.Array]] = {}
+    sizes: dict[str, int] = {}
+    flat = jax.tree.leaves(specs, is_leaf=params_lib.is_spec)
+    for spec, update in zip(flat, jax.tree.leaves(updates), strict=True):
+        if spec.kind != "state":
+            squares.setdefault(spec.kind, []).append(jnp.sum(jnp.square(update.astype(jnp.float32))))
+            sizes[spec.kind] = sizes.get(spec.kind, 0) + math.prod(spec.shape)
+    return {kind: jnp.sqrt(sum(parts[1:], parts[0]) / sizes[kind]) for kind, parts in squares.items()}
+
+
+def balance_scalars(load_LE: jax.Array, bias_LE: jax.Array) -> dict[str, jax.Array]:
+    """How even the experts are: largest load over the mean (worst layer), mean size of the biases."""
+    if load_LE.size == 0:
+        return {}
+    load_LE = load_LE.astype(jnp.float32)
+    worst = (load_LE.max(axis=1) / jnp.maximum(load_LE.mean(axis=1), 1.0)).max()
+    return {"load_max_over_mean": worst, "bias_drift": jnp.abs(bias_LE).mean()}
+
+
+def _global(tree: Any, axis_name: str | None) -> Any:
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+__all__ = ["Denominators", "StepOut", "biases", "gradients", "move_bias", "train_step", "update_rms"]

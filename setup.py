@@ -1,0 +1,68 @@
+"""Package metadata. Versions equal requirements.txt (tests/test_setup.py holds them together)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "array-record==0.8.6",
+    "flax==0.12.12",
+    "grain==0.2.18",
+    "jax==0.11.2",
+    "jaxlib==0.11.2",
+    "jinja2==3.1.6",
+    "matplotlib==3.11.2",
+    "ml-dtypes==0.6.0",
+    "numpy==2.5.5",
+    "optax==0.2.8",
+    "orbax-checkpoint==0.12.8",
+    "safetensors==0.8.0",
+    "tensorboardx==2.6.5",
+    "tensorstore==0.1.86",
+    "tokenizers==0.23.3",
+    "tqdm==4.70.1",
+]
+DEV = [
+    "hypothesis==6.170.17",
+    "import-linter==2.17",
+    "ipykernel==7.4.0",
+    "jupytext==1.19.6",
+    "mypy==2.4.1",
+    "nbclient==0.11.0",
+    "pytest-xdist==3.8.0",
+    "pytest==9.2.0",
+    "ruff==0.17.6",
+    "setuptools==84.2.1",
+]
+# Not installed by `make setup`: seqio brings TensorFlow (about 3 GB), JetStream brings seqio.
+EXTRAS = {
+    "dev": DEV,
+    "seqio": ["seqio==0.0.20"],
+    "serve": ["google-jetstream==0.2.2", "grpcio==1.85.3"],
+    "ray": ["ray==2.60.0"],
+    "wandb": ["wandb==0.31.0"],
+    "cuda": ["jax[cuda13]==0.11.2"],
+    "tpu": ["jax[tpu]==0.11.2"],
+}
+
+
+def version() -> str:
+    """The string that glm45_jax/__init__.py assigns to __version__, read without importing it."""
+    text = (Path(__file__).parent / "glm45_jax" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
+    if found is None:
+        raise ValueError('glm45_jax/__init__.py has no line __version__ = "..."')
+    return found.group(1)
+
+
+setup(
+    name="glm45_jax",
+    version=version(),
+    description="The GLM-4.5 system in JAX: model, data, training, RL, rollout, evaluation",
+    license="Apache-2.0",
+    python_requires=">=3.12,<3.15",
+    packages=find_packages(include=["glm45_jax*", "experiments*"]),
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,30 @@
+"""Strict JAX on eight virtual CPU devices, with a compile cache that all workers share.
+
+GLM45_TEST_PLATFORM=cuda or tpu runs on that platform instead, with the CPU beside it.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
+# In the environment too, before jax is imported: tests that start processes share the cache.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+import jax  # noqa: E402
+
+PLATFORM = os.environ.get("GLM45_TEST_PLATFORM", "cpu")
+jax.config.update("jax_platforms", "cpu" if PLATFORM == "cpu" else f"{PLATFORM},cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+if importlib.util.find_spec("hypothesis"):  # the bare accelerator machines have none
+    import hypothesis
+
+    # No deadline: the first example compiles. Derandomised: a failure in CI is one here.
+    hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("repo")

@@ -1,0 +1,144 @@
+"""Laws of the tokenizer, on one trained from the interpreter's own source files."""
+
+import argparse
+import ast
+import inspect
+import json
+import subprocess
+import sys
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm45_jax.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer, train_bpe
+
+VOCAB = 700
+BASE = VOCAB - len(SPECIAL_TOKENS)
+
+
+def corpus() -> list[str]:
+    return [inspect.getsource(module) for module in (argparse, ast, inspect, typing)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe(corpus(), VOCAB)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet=st.characters(exclude_categories=("Cs",))))
+def test_every_text_survives_encoding_and_decoding(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < BASE for i in ids)
+
+
+def test_the_glm_tokens_take_the_last_ids_in_the_order_of_the_release(tokenizer):
+    ids = [tokenizer.id_of(token.text) for token in SPECIAL_TOKENS]
+    assert tokenizer.vocab == VOCAB
+    assert ids == list(range(BASE, VOCAB))
+    # Offsets from the release: <|endoftext|> is 151329, <think> 151350, /nothink 151360.
+    assert tokenizer.id_of("<think>") - tokenizer.id_of(END_OF_TEXT) == 151350 - 151329
+    assert tokenizer.id_of("/nothink") - tokenizer.id_of(END_OF_TEXT) == 151360 - 151329
+    assert tokenizer.id_of("<|video|>") - tokenizer.id_of(END_OF_TEXT) == 151364 - 151329
+    assert sum(token.special for token in SPECIAL_TOKENS) == (151349 - 151329 + 1) + 1
+
+
+@pytest.mark.parametrize("token", [token.text for token in SPECIAL_TOKENS])
+def test_a_glm_token_in_a_document_is_text_unless_we_wrote_it(tokenizer, token):
+    text = f"see {token} here"
+    assert all(i < BASE for i in tokenizer.encode(text))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    trusted = tokenizer.encode(text, allow_special=True)
+    assert [i for i in trusted if i >= BASE] == [tokenizer.id_of(token)]
+    assert tokenizer.decode(trusted) == text
+
+
+def test_skipping_special_tokens_keeps_the_reasoning_and_tool_tags(tokenizer):
+    text = "<|assistant|><think>why</think>/nothink<tool_call>f</tool_call><|endoftext|>"
+    ids = tokenizer.encode(text, allow_special=True)
+    kept = "<think>why</think><tool_call>f</tool_call>"
+    assert tokenizer.decode(ids, skip_special=True) == kept
+
+
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_a_batch_is_encoded_as_its_texts_are_one_by_one(tokenizer, allow_special):
+    texts = ["", "def f(x):\n    return x\n", "a<think>b</think>", "12345 Ünï 日本", *corpus()]
+    batch = tokenizer.encode_batch(texts, allow_special=allow_special)
+    assert batch == [tokenizer.encode(text, allow_special=allow_special) for text in texts]
+
+
+def test_no_token_joins_more_than_three_digits():
+    digits = "1234567890" * 3000
+    trained = train_bpe([digits, *corpus()], VOCAB)
+    lengths = [len(trained.decode([i])) for i in trained.encode(digits)]
+    assert max(lengths) == 3
+
+
+def test_contractions_split_off_in_any_case():
+    trained = train_bpe(["don't DON'T " * 3000, *corpus()], VOCAB)
+    for word in ("don't", "DON'T"):
+        pieces = [trained.decode([i]) for i in trained.encode(word)]
+        assert pieces[-1].lower() == "'t"
+
+
+def test_training_is_the_same_in_every_process(tokenizer):
+    script = (
+        "import sys; sys.path[:0] = ['.', 'tests']\n"
+        "from test_tokenizer import corpus, VOCAB, train_bpe\n"
+        "print(train_bpe(corpus(), VOCAB).fingerprint)"
+    )
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert other.stdout.strip() == tokenizer.fingerprint, other.stderr
+    assert train_bpe(corpus()[:3], VOCAB).fingerprint != tokenizer.fingerprint
+
+
+def test_glm_tokens_in_the_training_text_do_not_move_the_ids():
+    noisy = [f"{text} /nothink" * 20 for text in ("a b", "c d")]
+    trained = train_bpe([*noisy, *corpus()], VOCAB)
+    assert [trained.id_of(token.text) for token in SPECIAL_TOKENS] == list(range(BASE, VOCAB))
+
+
+def test_loading_what_was_saved_gives_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "folder")
+    loaded = Tokenizer.load(tmp_path / "new" / "folder" / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    text = corpus()[0]
+    assert loaded.encode(text) == tokenizer.encode(text)
+
+
+def test_a_fingerprint_does_not_depend_on_the_layout_of_the_file(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert Tokenizer(json.dumps(spec, indent=2)).fingerprint == tokenizer.fingerprint
+
+
+def test_a_damaged_or_foreign_file_is_named_with_what_is_wrong(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"no tokenizer at .*tokenizer\.json; train one"):
+        Tokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*not JSON.*cut short"):
+        Tokenizer.load(tmp_path)
+    file.write_text(json.dumps(json.loads(whole) | {"model": {"type": "Unigram"}}))
+    with pytest.raises(ValueError, match="model type 'Unigram', expected 'BPE'"):
+        Tokenizer.load(tmp_path)
+
+
+def test_an_id_or_token_that_does_not_exist_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=f"id {VOCAB} is outside the tokenizer's {VOCAB} ids"):
+        tokenizer.decode([0, VOCAB])
+    with pytest.raises(ValueError, match=r"'<\|nobody\|>' is not among"):
+        tokenizer.id_of("<|nobody|>")
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused():
+    with pytest.raises(ValueError, match="vocab 291 is below 292"):
+        train_bpe(corpus(), 291)
+    with pytest.raises(ValueError, match="base tokens of the 964 that vocab 1000 needs"):
+        train_bpe(["only a few words"], 1000)
+    assert train_bpe(["nothing to merge"], 292).vocab == 292

@@ -245,7 +245,7 @@ def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
     if main_host:
         writers = [
             metrics.Jsonl.open_resumed(ready.workdir / "metrics.jsonl", ready.start + 1),
-            metrics.TensorBoard(ready.workdir / "tensorboard"),
+            metrics.TensorBoard(ready.workdir / "tensorboard", purge_step=ready.start + 1),
         ]
     progress = metrics.Progress(exp.train.steps, ready.start) if main_host else None
     try:

@@ -195,9 +195,8 @@ def _array(array: np.ndarray) -> dict[str, Any]:
         array = array.astype(np.float32)  # bfloat16 and its like, which numpy alone cannot name
     values: list[Any] = array.ravel().tolist()
     if array.dtype.kind == "f":
-        # The shortest digits of this width, not those of the same number as a float64.
-        short = array.dtype.type if array.dtype != np.float64 else float
-        values = [_number(float(str(short(value)))) for value in values]
+        # The shortest digits at this width: 0.1, not the 0.10000000149011612 of a float32.
+        values = [_number(float(str(value))) for value in array.ravel()]
     return {"dtype": array.dtype.name, "shape": list(array.shape), "values": values}
 
 
@@ -223,8 +222,8 @@ class TensorBoard:
         """None; events are queued, a thread writes them."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, float(value), step)
-        for name, value in arrays.items():
-            array = np.asarray(value, np.float32)
+        for name, given in arrays.items():
+            array = np.asarray(given, np.float32)
             finite = array[np.isfinite(array)]
             if finite.size:
                 self._writer.add_histogram(name, finite, step)
@@ -242,8 +241,9 @@ def heat_map(array: np.ndarray) -> np.ndarray:
     Every element is a square of 1 to 16 pixels; what is not finite is grey.
     """
     finite = np.isfinite(array)
-    low, high = (array[finite].min(), array[finite].max()) if finite.any() else (0.0, 1.0)
-    place = (np.where(finite, array, low) - low) / max(high - low, np.finfo(np.float32).tiny)
+    known = np.where(finite, array, np.nan).astype(np.float64)
+    low, high = (float(np.nanmin(known)), float(np.nanmax(known))) if finite.any() else (0.0, 1.0)
+    place = (np.where(finite, known, low) - low) / ((high - low) or 1.0)
     stops = np.linspace(0, 1, len(_DARK_TO_LIGHT))
     channels = [np.interp(place, stops, _DARK_TO_LIGHT[:, channel]) for channel in range(3)]
     picture = np.stack(channels, axis=-1).round().astype(np.uint8)
@@ -255,7 +255,8 @@ def heat_map(array: np.ndarray) -> np.ndarray:
 class Progress:
     """Writer on the console: a bar with loss, tokens a second and MFU.
 
-    Where `stream` (stderr) is no terminal: the first step, then a line every `seconds`, and the last.
+    Where `stream` (stderr) is no terminal: a line for the first step, one every `seconds`, and one
+    for the last.
     """
 
     def __init__(

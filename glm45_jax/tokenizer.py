@@ -3,7 +3,7 @@
 Byte-level BPE as in GLM-4.5: GPT-4 style splitting, no normalizer, nothing added at either end, the
 36 GLM tokens after the base vocabulary. The type to know is `Tokenizer`, a plain wrapper over the
 `tokenizer.json` format. Text is untrusted unless said otherwise: `<|endoftext|>` written in a
-document is eleven characters of text, not the token. Source: spec 1.4.
+document is thirteen characters, not the token. Source: spec 1.4.
 """
 
 import hashlib
@@ -99,7 +99,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of the tokenizer's meaning: equal for equal tokenizers in any file layout."""
+        """sha256 (hex) of what the tokenizer does: the same in any layout of the file."""
         canonical = json.dumps(json.loads(self._full.to_str()), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

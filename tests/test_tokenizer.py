@@ -90,8 +90,10 @@ def test_training_is_the_same_in_every_process(tokenizer):
         "from test_tokenizer import corpus, VOCAB, train_bpe\n"
         "print(train_bpe(corpus(), VOCAB).fingerprint)"
     )
-    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert other.stdout.strip() == tokenizer.fingerprint, other.stderr
+    other = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert other.stdout.strip() == tokenizer.fingerprint
     assert train_bpe(corpus()[:3], VOCAB).fingerprint != tokenizer.fingerprint
 
 

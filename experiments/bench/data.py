@@ -6,8 +6,6 @@ Writes experiments/bench/results/<device>.json under the key "data".
 """
 
 import argparse
-import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,17 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from experiments.bench.results import cpu_name, merge_result
 from glm45_jax.data.loader import Loader
 from glm45_jax.data.pack import BestFit, Cut
 from glm45_jax.data.prepare import Data, Prepared, prepare, rows
 from glm45_jax.data.sources import Docstrings, PackageDocs, PydocTopics, PythonSources
 
-RESULTS = Path(__file__).parent / "results"
-DEVICE = f"cpu-{os.cpu_count()}core"
 BATCH_TOKENS = 64 * 1024
 SECONDS = 3.0  # of timing for each number
 TARGET_TOKENS_PER_S = 1_000_000
-CASES = {
+CASES: dict[str, tuple[Cut | BestFit, int]] = {
     "cut_4096": (Cut(), 4096),
     "cut_4096_document_mask": (Cut(document_mask=True), 4096),
     "best_fit_4096": (BestFit(), 4096),
@@ -85,15 +82,6 @@ def calls_per_second(call: Callable[[], Any]) -> float:
     return n / elapsed
 
 
-def merge_result(device: str, key: str, value: dict[str, Any]) -> Path:
-    """Puts the value under its key in the device's result file, keeping the other keys."""
-    file = RESULTS / f"{device}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(known | {key: value}, indent=1, sort_keys=True) + "\n")
-    return file
-
-
 def main() -> None:
     """Prepares, measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -108,7 +96,9 @@ def main() -> None:
         results = {}
         for name, (packing, seq_len) in CASES.items():
             results[name] = measure(data, prepared, packing, seq_len)
-            print(f"{name:24s} {results[name]['tokens_per_s'] / 1e6:7.2f} M tokens/s {results[name]}")
+            print(
+                f"{name:24s} {results[name]['tokens_per_s'] / 1e6:7.2f} M tokens/s {results[name]}"
+            )
     value = {
         "command": "python -m experiments.bench.data",
         "prepare_s": None if cache else round(seconds, 1),
@@ -116,7 +106,7 @@ def main() -> None:
         "target_tokens_per_s": TARGET_TOKENS_PER_S,
         "loader": results,
     }
-    print(f"wrote {merge_result(DEVICE, 'data', value)}")
+    print(f"wrote {merge_result(cpu_name(), 'data', value)}")
 
 
 if __name__ == "__main__":

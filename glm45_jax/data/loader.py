@@ -1,13 +1,13 @@
 """Batches as a pure function of (seed, step): `Loader`.
 
 Which row stands where is a grain `MapDataset` (shuffle, reshuffle each epoch, mix by weight); which
-rows make a step is a function `span(step)`, so batch-size ramps and resumes are exact, on any number
-of hosts. Only numbers go through grain; rows are read together, a batch at a time.
+rows make a step is a function `span(step)`, so batch-size ramps and resumes are exact, on any
+number of hosts. Only numbers go through grain; rows are read together, a batch at a time.
 Letters: `B` rows of this host, `T` tokens of a row, `S` sources, `N` rows asked for.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,7 +35,7 @@ class Loader:
         """Fixes the order of all rows; reads one row of each source.
 
         rows: sources with their shares of the rows (any positive scale). span: step -> (first row,
-        number of rows) of the global batch. host: (index, count); each host takes its contiguous part.
+        number of rows) of the global batch. host: (index, count); each takes its contiguous part.
         fingerprint: names the data, compared on resume.
 
         Raises: ValueError for an empty or mismatched source, a bad weight, seed or host.
@@ -48,7 +48,7 @@ class Loader:
         self._seed, self._span, self._host, self._fingerprint = seed, span, host, fingerprint
 
     def row_ids(self, first: int, n: int) -> np.ndarray:
-        """Rows at places first .. first+n of the endless order; sources count on from each other."""
+        """Rows at places first .. first + n of the endless order, numbered through the sources."""
         return np.array([self._order[place] for place in range(first, first + n)], np.int64)
 
     def batch(self, step: int) -> Batch:
@@ -73,7 +73,7 @@ class Loader:
             mask_BT=row["mask"],
         )
 
-    def iterate(self, start_step: int = 0, *, ahead: int = 4, threads: int = 1) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0, *, ahead: int = 4, threads: int = 1) -> Generator[Batch]:
         """Batches of start_step, start_step + 1, ... without end, at most `ahead` made in advance.
 
         An exception while making a batch is raised here, at the step it belongs to. Close the
@@ -145,7 +145,7 @@ _WAY_OUT = {
 
 def _order(first_row_S: np.ndarray, weights: Sequence[float], seed: int) -> grain.MapDataset:
     # A seed for each source: grain counts the seed up with every epoch, so neighbouring seeds would
-    # repeat each other's orders.
+    # repeat each other's orders. Its shuffle costs about 10 us a row; for n < 1000 rows, 33 ms / n.
     seeds = np.random.SeedSequence(seed).generate_state(len(weights))
     shuffled = [
         grain.MapDataset.range(int(start), int(stop)).shuffle(seed=int(s)).repeat()

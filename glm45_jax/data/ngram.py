@@ -78,7 +78,7 @@ def _continuation(contexts_V: np.ndarray) -> np.ndarray:
 
 
 def _discount(count_N: np.ndarray) -> float:
-    once, twice = np.count_nonzero(count_N == 1), np.count_nonzero(count_N == 2)
+    once, twice = int((count_N == 1).sum()), int((count_N == 2).sum())
     # With no singleton the estimate is 0, and an unseen pair would cost infinitely much.
     return max(once, 0.5) / max(once + 2 * twice, 1)
 

@@ -8,6 +8,7 @@ Letters: `T` tokens of a row, `R` rows read together, `N` pieces or documents.
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -37,7 +38,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[in
     """Bins of indices into `lengths`, none over capacity: best-fit decreasing.
 
     Longest first (ties: lower index first), each into the fullest bin that still holds it (ties:
-    the bin that reached that fill last). O(n log capacity).
+    the bin opened first).
 
     Raises: ValueError for an item longer than capacity (`split_long` first) or negative.
     Source: spec 5.3; Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
@@ -45,7 +46,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[in
     length_N = np.asarray(lengths, dtype=np.int64)
     _check_lengths(length_N, capacity)
     bins: list[list[int]] = []
-    bins_with: dict[int, list[int]] = {}  # free space -> bins that have it
+    bins_with: dict[int, list[int]] = {}  # free space -> heap of the bins that have it
     spaces: list[int] = []  # the keys of bins_with, sorted
     for i in np.argsort(-length_N, kind="stable").tolist():
         length = int(length_N[i])
@@ -55,7 +56,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[in
             bins.append([])
         else:
             space = spaces[at]
-            chosen = bins_with[space].pop()
+            chosen = heappop(bins_with[space])
             if not bins_with[space]:
                 del bins_with[space], spaces[at]
         bins[chosen].append(i)
@@ -63,7 +64,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[in
         if left not in bins_with:
             bins_with[left] = []
             insort(spaces, left)
-        bins_with[left].append(chosen)
+        heappush(bins_with[left], chosen)
     return bins
 
 
@@ -84,8 +85,8 @@ def split_long(lengths: Sequence[int] | np.ndarray, capacity: int) -> Pieces:
 class Cut:
     """Documents joined and cut every T tokens, wherever that falls (pretraining, spec 5.3).
 
-    document_mask: number the documents of a row as segments, restart positions, and drop the loss on
-    targets that belong to the next document. The default treats a row as one text.
+    document_mask: number the documents of a row as segments, restart positions, and drop the loss
+    on targets that belong to the next document. The default treats a row as one text.
     """
 
     document_mask: bool = False
@@ -163,7 +164,9 @@ class CutRows:
         place_RT = start_R[:, None] + np.arange(self.seq_len)
         offsets_N1 = self.store.offsets_N1
         doc_RT = np.searchsorted(offsets_N1, place_RT, side="right") - 1
-        first_RT = np.maximum(offsets_N1[doc_RT], start_R[:, None])  # the part before the row is gone
+        first_RT = np.maximum(
+            offsets_N1[doc_RT], start_R[:, None]
+        )  # the part before the row is gone
         return {
             "segments": (doc_RT - doc_RT[:, :1] + 1).astype(np.int32),
             "positions": (place_RT - first_RT).astype(np.int32),
@@ -196,7 +199,7 @@ class PackedRows:
         member_P = np.concatenate(members)
         spans = iter(self.store.read_spans(self.begin_N[member_P], self.length_N[member_P]))
         shape = (len(index_R), self.seq_len)
-        row = {name: np.zeros(shape, np.int32) for name in ("segments", "positions")}
+        row: Row = {name: np.zeros(shape, np.int32) for name in ("segments", "positions")}
         row |= {name: np.full(shape, self.pad_id, np.int32) for name in ("tokens", "targets")}
         row["mask"] = np.zeros(shape, np.float32)
         counting_T = np.arange(self.seq_len, dtype=np.int32)

@@ -1,8 +1,8 @@
 """From sources to token stores: gather, split, drop duplicates, train the tokenizer, encode, write.
 
-`Data` says what to learn from; `prepare(data, cache)` does the work once for each fingerprint and only
-opens what is there after that. The text of a run must fit in memory (larger corpora: write stores with
-`store.write_store` shard by shard). No jax: this runs anywhere.
+`Data` says what to learn from; `prepare(data, cache)` does the work once for each fingerprint and
+only opens what is there after that. The text of a run must fit in memory (larger corpora: write
+stores with `store.write_store` shard by shard). No jax: this runs anywhere.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,13 @@ class Data:
 
     sources: tuple[tuple[Source, float], ...]  # with their shares of the rows
     seq_len: int = 128
-    packing: Cut | BestFit = Cut()
+    packing: Cut | BestFit = field(default_factory=Cut)
     vocab: int = 2048
     val_fraction: float = 0.05  # of the documents, by hash
     max_docs: int | None = None  # a source, by hash
     bpe_chars: int = 4_000_000  # of training text that the tokenizer is trained on
     seed: int = 0  # of the split and of the order of documents
+    tokenizer: str | None = None  # path of a tokenizer.json; None trains one on the train split
 
     def __post_init__(self):
         names = [source.name for source, _ in self.sources]
@@ -66,15 +67,17 @@ def prepare(
 ) -> Prepared:
     """The stores of `data`, made under `cache` the first time and opened every time.
 
-    tokenizer: use this one (say GLM's) instead of training one on the train split; its vocab must be
-    data.vocab. verify: hash every file on opening.
+    tokenizer: use this one (say GLM's) instead of training one on the train split; its vocab must
+    be data.vocab. verify: hash every file on opening.
 
     Raises: ValueError for a damaged cache, a vocab mismatch, or a source with too few documents.
     """
+    if tokenizer is None and data.tokenizer is not None:
+        tokenizer = Tokenizer.load(Path(data.tokenizer))
     if tokenizer is not None and tokenizer.vocab != data.vocab:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab} ids, data.vocab is {data.vocab}; set data.vocab to "
-            f"{tokenizer.vocab}, or leave the tokenizer out to train one"
+            f"the tokenizer has {tokenizer.vocab} ids, data.vocab is {data.vocab}; set data.vocab "
+            f"to {tokenizer.vocab}, or leave the tokenizer out to train one"
         )
     fingerprint = data_fingerprint(data, tokenizer)
     folder = Path(cache) / f"data-{fingerprint[:16]}"
@@ -84,7 +87,7 @@ def prepare(
 
 
 def data_fingerprint(data: Data, tokenizer: Tokenizer | None = None) -> str:
-    """sha256 (hex) of all that the stores depend on: fields and versions of sources, limits, format."""
+    """sha256 (hex) of all that the stores depend on: sources and their versions, limits."""
     parts = {
         "format": PREPARE_FORMAT,
         "sources": [
@@ -151,7 +154,9 @@ def _gather(data: Data) -> tuple[dict[tuple[str, str], list[Doc]], dict[str, int
     """Documents by (source, split) in hash order, and how many exact duplicates were dropped."""
     from tqdm import tqdm
 
-    found, dropped, seen = {}, {}, set()
+    found: dict[tuple[str, str], list[Doc]] = {}
+    dropped: dict[str, int] = {}
+    seen: set[str] = set()
     for source, _ in data.sources:
         keyed, dropped[source.name] = [], 0
         for doc in tqdm(source.docs(), desc=f"read {source.name}", unit=" docs"):
@@ -181,8 +186,8 @@ def _split(docs: Sequence[Doc], data: Data) -> tuple[list[Doc], list[Doc]]:
     ordered = sorted(place_of, key=lambda group: place_of[group])
     if len(ordered) < 2:
         raise ValueError(
-            f"the {len(docs)} documents of {docs[0].source!r} are one group ({ordered[0]!r}), which "
-            "cannot be split; give it more documents"
+            f"the {len(docs)} documents of {docs[0].source!r} are one group ({ordered[0]!r}), "
+            "which cannot be split; give it more documents"
         )
     # Small sources may have no group below the limit (or none above): move the nearest one.
     limit = min(max(limit, place_of[ordered[0]] + 1), place_of[ordered[-1]])

@@ -146,7 +146,7 @@ class PackageDocs:
         reader = _Reader(self.name)
         for dist_name, dist in self._distributions():
             meta = {"repo": dist_name, "licence": _licence(dist), "group": f"dist/{dist_name}"}
-            description = (dist.metadata.get_payload() or "").strip()
+            description = (dist.metadata.get("Description") or "").strip()
             if description:
                 where = f"{dist_name}/METADATA"
                 yield Doc(where, description, self.name, meta | {"path": where})
@@ -164,9 +164,10 @@ class PackageDocs:
         if self.distributions:
             found = [(name, _distribution(name)) for name in set(self.distributions)]
         else:
-            found = [(d.metadata.get("Name"), d) for d in importlib.metadata.distributions()]
-        # The first on the path wins; a folder left by a failed uninstall has no name.
-        by_name = {name.lower(): dist for name, dist in reversed(found) if name}
+            # A folder left by a failed uninstall has no name.
+            every = importlib.metadata.distributions()
+            found = [(name, d) for d in every if (name := d.metadata.get("Name"))]
+        by_name = {name.lower(): dist for name, dist in reversed(found)}  # first on the path wins
         return sorted(by_name.items())
 
 

@@ -2,8 +2,8 @@
 
 A folder with `tokens/` (uint16 or uint32 chunks, uncompressed so that a size check means
 something), `offsets.npy` (where documents begin) and `manifest.json` (counts, vocabulary,
-tokenizer, size and sha256 of every file). Every document ends in `<|endoftext|>`. A store is written
-once, appears whole or not at all, and is checked against its manifest on opening.
+tokenizer, size and sha256 of every file). Every document ends in `<|endoftext|>`. A store is
+written once, appears whole or not at all, and is checked against its manifest on opening.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class TokenStore:
         """
         return self.read_spans([start], [stop - start])[0]
 
-    def read_spans(self, starts: Sequence[int], lengths: Sequence[int]) -> list[np.ndarray]:
+    def read_spans(self, starts: Iterable[int], lengths: Iterable[int]) -> list[np.ndarray]:
         """The tokens of many spans, each int32; all reads are in flight together.
 
         Raises: ValueError when a span leaves the store.
@@ -222,7 +222,7 @@ def _create_spec(path: Path, dtype: str, chunk_tokens: int) -> dict[str, Any]:
             "codecs": [plain],
             "data_type": dtype,
         },
-        # A chunk of zeros is a file like any other, so the manifest can hold every chunk to account.
+        # A chunk of zeros is a file like any other: the manifest accounts for every chunk.
         "store_data_equal_to_fill_value": True,
         "create": True,
     }
@@ -260,7 +260,9 @@ def _versions() -> dict[str, str]:
 def _read_manifest(path: Path) -> Manifest:
     file = path / "manifest.json"
     if not file.is_file():
-        raise ValueError(f"no token store at {path}: {file.name} is missing; prepare the data again")
+        raise ValueError(
+            f"no token store at {path}: {file.name} is missing; prepare the data again"
+        )
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON and UTF-8 errors alike
@@ -281,8 +283,8 @@ def _check_made_for(
 ) -> None:
     if vocab is not None and vocab != manifest.vocab:
         raise ValueError(
-            f"store {path} has vocab {manifest.vocab}, expected {vocab}; prepare the data with this "
-            "tokenizer, or use the tokenizer and model config that the store was made for"
+            f"store {path} has vocab {manifest.vocab}, expected {vocab}; prepare the data with "
+            "this tokenizer, or use the tokenizer and model config that the store was made for"
         )
     if tokenizer_fingerprint is not None and tokenizer_fingerprint != manifest.tokenizer:
         raise ValueError(

@@ -219,11 +219,17 @@ def _iterate(x_Bmn: jax.Array, *, steps: int, split: tuple[str, ...] = ()) -> ja
     flip = not split and x_Bmn.shape[-2] > x_Bmn.shape[-1]
     x = x_Bmn.mT if flip else x_Bmn
     squares = total(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True))
-    x = x / (jnp.sqrt(squares).astype(x.dtype) + EPS)
+    norm = jnp.sqrt(squares).astype(x.dtype).astype(jnp.float32)
+    x = (x.astype(jnp.float32) / (norm + EPS)).astype(x.dtype)
     for _ in range(steps):
         gram = total(dot(x, x.mT, preferred_element_type=jnp.float32)).astype(x.dtype)
-        x = a * x + dot(b * gram + c * dot(gram, gram), x)
+        x = _times(a, x) + dot(_times(b, gram) + dot(_times(c, gram), gram), x)
     return x.mT if flip else x
+
+
+def _times(scalar: float, x: jax.Array) -> jax.Array:
+    """scalar * x, the scalar in float32: 3.4445 in bfloat16 is 3.4375, another polynomial."""
+    return (scalar * x.astype(jnp.float32)).astype(x.dtype)
 
 
 class _Move(NamedTuple):

@@ -102,7 +102,8 @@ def run_steps(
     utilisation: tokens a second -> share of the devices' peak, logged as "mfu". sidecars: saved beside every checkpoint.
     SIGTERM and SIGINT end the run after the current step, with a checkpoint.
     """
-    began, tokens, saved = time.monotonic(), 0, start
+    began, tokens = time.monotonic(), 0
+    saved = -1 if checkpoints.latest() is None else start
     clock = _Clock()
     why: Literal["done", "stopped", "not finite"] = "done"
     batch_file = None
@@ -131,7 +132,7 @@ def run_steps(
             if stop.is_set():
                 why = "stopped" if step < train.steps else "done"
                 break
-    if step > saved or checkpoints.latest() is None:
+    if step > saved:
         _save(checkpoints, trainer, state, step, source, sidecars)
     checkpoints.wait()
     return state, Outcome(step, why, time.monotonic() - began, tokens, batch_file)

@@ -68,7 +68,9 @@ def test_chunks_of_nothing_but_zeros_are_files_too(tmp_path):
 def test_a_truncated_chunk_is_refused_with_both_sizes(stored):
     chunk = largest_chunk(stored)
     os.truncate(chunk, 10)
-    with pytest.raises(ValueError, match=r"damaged: tokens/c/\d+ has 10 bytes, the manifest 32; del"):
+    with pytest.raises(
+        ValueError, match=r"damaged: tokens/c/\d+ has 10 bytes, the manifest 32; del"
+    ):
         open_store(stored)
 
 

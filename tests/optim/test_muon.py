@@ -131,17 +131,22 @@ def test_transposing_the_input_transposes_the_result():
     assert_allclose(there, newton_schulz(x.mT, dtype=jnp.float32).mT, atol=1e-6)
 
 
+# bfloat16 rounds each product to 2**-9 of it: the ends of the interval blur by about that much.
 @pytest.mark.parametrize(("dtype", "slack"), [(jnp.float32, 0.0), (jnp.bfloat16, 0.02)])
-def test_singular_values_lie_about_one_and_directions_stay(dtype, slack):
-    x = np.random.default_rng(0).normal(size=(4, 16, 40)).astype(np.float32)
-    u, _, vt = np.linalg.svd(x, full_matrices=False)
-    y = np.asarray(newton_schulz(jnp.asarray(x), dtype=dtype).astype(jnp.float32))
+def test_singular_values_come_to_lie_about_one(dtype, slack):
+    x = jax.random.normal(jax.random.key(0), (4, 16, 40))
+    y = np.asarray(newton_schulz(x, dtype=dtype).astype(jnp.float32))
     s = np.linalg.svd(y, compute_uv=False)
     assert s.min() >= 0.5 - slack
     assert s.max() <= 1.5 + slack
+
+
+def test_singular_vectors_stay():
+    x = np.random.default_rng(0).normal(size=(4, 16, 40)).astype(np.float32)
+    u, _, vt = np.linalg.svd(x, full_matrices=False)
+    y = np.asarray(newton_schulz(jnp.asarray(x), dtype=jnp.float32))
     in_basis = np.swapaxes(u, 1, 2) @ y @ np.swapaxes(vt, 1, 2)
-    off_diagonal = in_basis - np.einsum("bii->bi", in_basis)[:, :, None] * np.eye(16)
-    assert np.abs(off_diagonal).max() < 1e-5 + 2 * slack
+    assert np.abs(in_basis - in_basis * np.eye(16)).max() < 1e-5
 
 
 def test_scale_of_the_gradient_does_not_matter_but_its_sign_does():
@@ -193,10 +198,14 @@ def test_optax_can_map_shardings_over_the_state():
     tx = Muon().build(SPECS)
     names = {name: name for name in SPECS}
     mapped = optax.tree_map_params(
-        tx, lambda _, name: name, tx.init(weights), names, transform_non_params=lambda _: "rest"
+        tx,
+        lambda x, name: x if isinstance(x, optax.MaskedNode) else name,
+        tx.init(weights),
+        names,
+        transform_non_params=lambda _: "rest",
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
     )
-    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    found = collections.Counter(x for x in jax.tree.leaves(mapped, is_leaf=masked) if not masked(x))
+    found = collections.Counter(jax.tree.leaves(mapped))
     assert found == {"wide": 1, "tall": 1, "experts": 1, "heads": 1, "out": 1} | {
         "embed": 2,
         "norm": 2,
@@ -273,7 +282,8 @@ def test_optax_muon_equals_step_one_and_departs_afterwards():
     for t in range(1, 4):
         grads = {"w": jnp.asarray(file[f"muon0_grad{t}"])}
         a, states[0] = ours.update(grads, states[0], weights)
-        b, states[1] = theirs.update(grads, states[1], weights)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes in its bias correction
+            b, states[1] = theirs.update(grads, states[1], weights)
         gaps.append(float(jnp.abs(a["w"] - b["w"]).max()))
     assert gaps[0] < 3e-8
     assert 1e-5 < min(gaps[1:]) and max(gaps) < 5e-4
@@ -309,12 +319,13 @@ COLLECTIVE = re.compile(
 def test_a_mesh_changes_no_result(shape):
     mesh, rules = sharding.make_mesh(shape), sharding.Rules()
     x = draw(SHARDED, 0)
-    alone = {k: orthogonal(x[k], s, dtype=jnp.float32) for k, s in SHARDED.items()}
+    numbers = {"steps": 2, "dtype": jnp.float32}
+    alone = {k: orthogonal(x[k], s, **numbers) for k, s in SHARDED.items()}
     layouts = sharding.shardings(SHARDED, mesh, rules)
 
     def spread(x):
         with sharding.use(mesh, rules):
-            return {k: orthogonal(x[k], s, dtype=jnp.float32) for k, s in SHARDED.items()}
+            return {k: orthogonal(x[k], s, **numbers) for k, s in SHARDED.items()}
 
     out = jax.jit(spread, out_shardings=layouts)(jax.device_put(x, layouts))
     for name in SHARDED:

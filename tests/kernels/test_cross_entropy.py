@@ -1,0 +1,61 @@
+"""Cross-entropy: chunks of the vocabulary change nothing, and all logits never exist."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from glm45_jax.kernels import cross_entropy as op
+from glm45_jax.kernels.shapes import LOSS
+
+SMALL = [name for name, shape in LOSS.items() if shape.small]
+
+
+def draw(shape):
+    keys = jax.random.split(jax.random.key(0), 4)
+    h = jax.random.normal(keys[0], (shape.M, shape.D))
+    w = jax.random.normal(keys[1], (shape.D, shape.V))
+    target = jax.random.randint(keys[2], (shape.M,), 0, shape.V)
+    return h, w, target.at[0].set(shape.V - 1), jax.random.uniform(keys[3], (shape.M,))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_chunks_of_the_vocabulary_change_neither_loss_nor_gradient(name):
+    shape = LOSS[name]
+    h, w, target, weight = draw(shape)
+
+    def total(f):
+        return lambda h, w: (f(h, w, target) * weight).sum()
+
+    chunked = lambda h, w, t: op.chunked(h, w, t, chunk=shape.chunk)  # noqa: E731
+    np.testing.assert_allclose(chunked(h, w, target), op.reference(h, w, target), atol=1e-5)
+    ours, plain = (jax.grad(total(f), (0, 1))(h, w) for f in (chunked, op.reference))
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def arrays_in(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield from (v.aval for v in eqn.outvars)
+        for sub in jaxprs_in_params(eqn.params):
+            yield from arrays_in(sub)
+
+
+def biggest(f, *args):
+    return max(int(np.prod(a.shape)) for a in arrays_in(jax.make_jaxpr(f)(*args).jaxpr) if hasattr(a, "shape"))
+
+
+def test_all_logits_never_exist_forward_or_backward():
+    M, D, V, chunk = 96, 4, 1000, 100
+    h, w = jnp.ones((M, D)), jnp.ones((D, V))
+    target = jnp.zeros(M, jnp.int32)
+    step = jax.value_and_grad(lambda h, w: op.chunked(h, w, target, chunk=chunk).sum(), (0, 1))
+    assert biggest(step, h, w) <= max(M * chunk, D * V)
+    whole = jax.value_and_grad(lambda h, w: op.reference(h, w, target).sum(), (0, 1))
+    assert biggest(whole, h, w) == M * V  # the check sees what it looks for
+
+
+def test_chunks_stay_within_the_element_budget():
+    for tokens in (1, 1000, 8192, 65_536):
+        assert op.chunk_words(tokens) * tokens <= max(op.CHUNK_ELEMENTS, 512 * tokens)

@@ -1,8 +1,8 @@
 """mypy plugin for `flax.struct.dataclass`: `replace` exists, and a leaf may be anything.
 
-flax declares its decorator as a dataclass transform, which cannot say that a method appears. And one
-tree type holds arrays, their plans (ParamSpec), shardings or numpy: constructors take any value, so
-that names and number of fields are checked; what is read has the annotated type.
+flax declares its decorator as a dataclass transform, which cannot say that a method appears. And
+one tree type holds arrays, their plans (ParamSpec), shardings, numpy: constructors take any value,
+so names and number of fields are checked; what is read has the annotated type.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,6 @@ import jax
 import numpy as np
 
 from glm45_jax import hf, metrics, values
-from glm45_jax import params as params_lib
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data import ngram
 from glm45_jax.data.prepare import Data, Prepared, prepare
@@ -104,10 +103,8 @@ class Experiment:
                 f"the tokenizer has {self.data.vocab} ids, the model {self.model.vocab} rows; make model.vocab equal to "
                 f"data.vocab, or up to {MAX_PADDING_ROWS} larger"
             )
-        ramp = self.train.ramp(self.data.seq_len)
-        for rows in {rows for _, rows in self.batch_sizes()}:
+        for _, rows in self.batch_sizes():
             self.train.accum(rows)
-        assert ramp.rows_at(0) >= 1
 
     def batch_sizes(self) -> list[tuple[int, int]]:
         """(first step, rows of the global batch) of every piece of the batch ramp."""
@@ -300,7 +297,7 @@ def _write_report(ready: _Ready, state: TrainState, outcome: Outcome, seconds: f
         "parameters": f"{counts.total_stored:,} stored, {counts.active_body_and_head:,} active a token",
         "tokens": f"{outcome.tokens:,} in this session",
         "time": f"{outcome.seconds:.0f} s training, {seconds:.0f} s with data, compilation and this report's models",
-        "training tokens": f"{sum(s.n_tokens for s in ready.prepared.train.values()):,} (vocabulary {exp.data.vocab})",
+        "training tokens": f"{sum(s.manifest.n_tokens for s in ready.prepared.train.values()):,} (vocabulary {exp.data.vocab})",
     }
     baselines = ngram_losses(ready.prepared, _validation_batch(ready), exp.data.vocab) if exp.report.ngrams else {}
     samples = _samples(ready, state) if exp.report.prompts else []
@@ -312,7 +309,7 @@ def _write_report(ready: _Ready, state: TrainState, outcome: Outcome, seconds: f
 
 def ngram_losses(prepared: Prepared, batch: Any, vocab: int) -> dict[str, float]:
     """Nats a token of a unigram and a Kneser-Ney bigram model fitted on all training tokens, on the validation targets."""
-    train = np.concatenate([store.read(0, store.n_tokens) for store in prepared.train.values()])
+    train = np.concatenate([store.read(0, store.manifest.n_tokens) for store in prepared.train.values()])
     rows_BT1 = np.concatenate([batch.tokens_BT, batch.targets_BT[:, -1:]], axis=1)
     return {
         "unigram": float(ngram.unigram_nats(train, rows_BT1, vocab)),
@@ -337,31 +334,37 @@ def _samples(ready: _Ready, state: TrainState) -> list[tuple[str, str]]:
 
 def dry_run(exp: Experiment) -> str:
     """What the run would be, as a table: parameters, FLOPs, memory a device by term, schedule. Allocates nothing."""
+    _check_rows(exp)
     counts = cost.param_counts(exp.model)
     flops = cost.flops_per_token(exp.model, exp.data.seq_len)
     ramp = exp.train.ramp(exp.data.seq_len)
     tokens = ramp.tokens_at(exp.train.steps)
-    n = exp.devices()
-    _check_rows(exp)
     lines = [
         f"experiment   {exp.name}",
-        f"parameters   {counts.body_and_mtp / 1e9:.2f}B body + MTP, {counts.total_stored / 1e9:.2f}B stored; "
-        f"active {counts.active_body / 1e9:.2f}B body",
-        f"run          {exp.train.steps:,} steps, {tokens / 1e9:,.3f}B tokens of {exp.data.seq_len}-token rows, "
-        f"batch {ramp.rows_at(0):,} -> {ramp.rows_at(exp.train.steps - 1):,} rows",
-        f"FLOPs        {flops.total / 1e9:,.3f} GFLOPs a token (forward + backward), {flops.total * tokens:.3g} in all",
-        f"devices      {n} as {exp.mesh}",
+        f"parameters   {_short(counts.body_and_mtp)} body + MTP, {_short(counts.total_stored)} stored, "
+        f"active {_short(counts.active_body)} body, {_short(counts.active_body_and_head)} with the head",
+        f"run          {exp.train.steps:,} steps, {_short(tokens)} tokens in rows of {exp.data.seq_len:,}, "
+        f"batch {ramp.rows_at(0):,} to {ramp.rows_at(exp.train.steps - 1):,} rows",
+        f"FLOPs        {_short(flops.total)} FLOPs a token (forward + backward), {flops.total * tokens:.3g} in all",
+        f"devices      {exp.devices():,} as {exp.mesh}",
         "memory a device, GiB (E: estimate)",
     ]
     rows = max(rows for _, rows in exp.batch_sizes())
-    for term, size in _memory(exp, rows).items():
-        lines.append(f"  {term:<28}{size / 2**30:12,.3f}")
-    at = [0, *(int(tokens * share) for share in (0.01, 0.25, 0.5, 0.75, 1.0))]
-    lines.append("tokens          lr          mtp weight  bias rate")
-    for t in at:
-        row = (exp.optim.lr_at(float(t)), exp.train.mtp_weight(float(t)), exp.train.bias_rate(float(t)))
-        lines.append(f"{t / 1e9:12,.3f}B   " + "  ".join(f"{float(x):<10.4g}" for x in row))
+    lines += [f"  {term:<24}{size / 2**30:10.3f}" for term, size in _memory(exp, rows).items()]
+    lines.append(f"  {'tokens seen':<14}{'lr':<12}{'MTP weight':<12}{'bias rate':<12}")
+    for share in (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 1.0):
+        at = share * tokens
+        row = (exp.optim.lr_at(at), exp.train.mtp_weight(at), exp.train.bias_rate(at))
+        lines.append(f"  {_short(at):<14}" + "".join(f"{float(x):<12.4g}" for x in row))
     return "\n".join(lines)
+
+
+def _short(n: float) -> str:
+    """Two decimals and a unit: 355.23B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(n) >= size:
+            return f"{n / size:.2f}{unit}"
+    return f"{n:.0f}"
 
 
 def _check_rows(exp: Experiment) -> None:
@@ -395,4 +398,4 @@ def _memory(exp: Experiment, rows: int) -> dict[str, float]:
     )
 
 
-__all__ = ["BadInput", "Experiment", "FromHF", "FromRun", "Report", "Scratch", "dry_run", "params_lib", "run_training"]
+__all__ = ["BadInput", "Experiment", "FromHF", "FromRun", "Report", "Scratch", "dry_run", "run_training"]

@@ -75,9 +75,11 @@ def setup_logging(*, level: int = logging.INFO, process: int = 0) -> None:
     """None; log records go to stderr, of processes other than the first only warnings.
 
     Calling it again changes the level and adds nothing. Checkpointing logs a page a save through
-    `absl`, of which warnings remain.
+    `absl`, JAX every backend it does not find: of both, warnings remain.
     """
     root = logging.getLogger()
+    for other in [h for h in root.handlers if type(h) is logging.StreamHandler and h.name != _HANDLER]:
+        root.removeHandler(other)  # a library called basicConfig: every record would come twice
     handler = next((h for h in root.handlers if h.name == _HANDLER), None)
     if handler is None:
         handler = logging.StreamHandler()
@@ -87,7 +89,8 @@ def setup_logging(*, level: int = logging.INFO, process: int = 0) -> None:
     form = f"%(asctime)s{where} %(levelname).1s %(name)s: %(message)s"
     handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
     root.setLevel(level if process == 0 else max(level, logging.WARNING))
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for chatty in ("absl", "jax"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def host_mean(tree: Any) -> Any:

@@ -97,6 +97,24 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def owners(specs: Any, tree: Any) -> Any:
+    """For each leaf of `tree` (optimizer memory, say) the `ParamSpec` whose path ends its path and whose shape it has.
+
+    None where there is none, as for a step count. `tree` may hold arrays or `ShapeDtypeStruct`s.
+    """
+    by_path = dict(leaves_with_path(specs))
+
+    def one(path: tuple[Any, ...], leaf: Any) -> ParamSpec | None:
+        parts = path_name(path).split(".")
+        for i in range(len(parts)):
+            spec = by_path.get(".".join(parts[i:]))
+            if spec is not None and spec.shape == leaf.shape:
+                return spec
+        return None
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def init(specs: Any, key: jax.Array) -> Any:
     """Weights of the plan. Each leaf's key comes from its path, so adding a weight moves no other.
 

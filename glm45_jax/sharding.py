@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,7 +129,7 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
         return x
     mesh, rules = ambient
     return jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, _fitting(rules.spec(axes), x.shape, mesh))
+        x, NamedSharding(mesh, fitting(rules.spec(axes), x.shape, mesh.shape))
     )
 
 
@@ -137,7 +137,7 @@ def shardings(specs: Any, mesh: Mesh, rules: Rules) -> Any:
     """NamedSharding of every weight of a plan. A dimension that its mesh axes do not divide is replicated."""
 
     def one(spec: Any) -> NamedSharding:
-        return NamedSharding(mesh, _fitting(rules.spec(spec.axes), spec.shape, mesh))
+        return NamedSharding(mesh, fitting(rules.spec(spec.axes), spec.shape, mesh.shape))
 
     return jax.tree.map(one, specs, is_leaf=is_spec)
 
@@ -168,10 +168,21 @@ def put(tree: Any, mesh: Mesh, rules: Rules, axes: Axes = ("batch", "seq")) -> A
     return jax.tree.map(one, tree)
 
 
-def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The spec without the entries that do not divide their dimension."""
+def fitting(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The spec without the entries that do not divide their dimension. sizes: devices along each mesh axis."""
     parts = []
     for size, entry in zip(shape, spec, strict=True):
-        names = (entry,) if isinstance(entry, str) else (entry or ())
-        parts.append(entry if size % math.prod(mesh.shape[a] for a in names) == 0 else None)
+        parts.append(entry if size % ways(entry, sizes) == 0 else None)
     return PartitionSpec(*parts)
+
+
+def local_size(shape: tuple[int, ...], axes: Axes, rules: Rules, sizes: Mapping[str, int]) -> int:
+    """Elements of an array that one device holds."""
+    spec = fitting(rules.spec(axes), shape, sizes)
+    return math.prod(n // ways(entry, sizes) for n, entry in zip(shape, spec, strict=True))
+
+
+def ways(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
+    """Parts into which one entry of a PartitionSpec cuts its dimension."""
+    names = (entry,) if isinstance(entry, str) else (entry or ())
+    return math.prod(sizes[axis] for axis in names)

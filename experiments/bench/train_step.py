@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.bench.results import device_name, merge_result
 from glm45_jax.data.types import Batch
+from glm45_jax.kernels.grouped_matmul import grouped_matmul
 from glm45_jax.model import config, cost
 from glm45_jax.optim.mixed import AdamW
 from glm45_jax.optim.muon import Muon
@@ -36,7 +37,7 @@ class Case:
     dtype: str
 
 
-CASES = {"gpu": Case(32, 2048, 20, "bfloat16"), "tpu": Case(32, 2048, 20, "bfloat16"), "cpu": Case(1, 256, 3, "float32")}
+CASES = {"gpu": Case(32, 2048, 20, "bfloat16"), "tpu": Case(32, 2048, 20, "bfloat16"), "cpu": Case(1, 512, 3, "float32")}
 
 
 def random_batch(case: Case, vocab: int) -> Batch:
@@ -88,6 +89,26 @@ def matmul_ceiling(dtype: str) -> float:
         f(a).block_until_ready()
         times.append(time.perf_counter() - start)
     return 2 * n**3 / statistics.median(times) / 1e12
+
+
+def grouped_matmul_tflops(case: Case, cfg: config.ModelConfig) -> dict[str, float]:
+    """TFLOP/s, forward and backward, of each way to multiply the experts of one layer (even groups)."""
+    rows, moe, D = case.rows * case.seq_len * cfg.moe.top_k, cfg.moe, cfg.d_model
+    dtype = jnp.dtype(case.dtype)
+    x = jax.random.normal(jax.random.key(0), (rows, D), dtype)
+    w = jax.random.normal(jax.random.key(1), (moe.experts, D, moe.d_expert), jnp.float32)
+    sizes = jnp.full(moe.experts, rows // moe.experts, jnp.int32)
+    found = {}
+    for impl in ("blocked", "reference"):
+        f = jax.jit(jax.grad(lambda x, w, impl=impl: grouped_matmul(x, w, sizes, impl=impl).sum().astype(jnp.float32), (0, 1)))
+        jax.block_until_ready(f(x, w))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(f(x, w))
+            times.append(time.perf_counter() - start)
+        found[impl] = round(6 * rows * D * moe.d_expert / statistics.median(times) / 1e12, 3)
+    return found
 
 
 def torch_peer(case: Case, cfg: config.ModelConfig) -> dict[str, Any]:
@@ -162,12 +183,13 @@ def main() -> None:
         "case": dataclasses.asdict(case),
         "flops_per_token": cost.flops_per_token(cfg, case.seq_len).total,
         "matmul_tflops": round(matmul_ceiling(case.dtype), 1),
+        "grouped_matmul_tflops": grouped_matmul_tflops(case, cfg),
     }
     for name, optim in (("muon", Muon(dtype=case.dtype)), ("adamw", AdamW())):
         value[name] = time_steps(case, optim, cfg)
         print(f"{name:8} {value[name]}", flush=True)
     value["transformers"] = torch_peer(case, cfg) if peer else {"not measured": "--peer was not given"}
-    print(f"peer     {value['transformers']}\nmatmul   {value['matmul_tflops']} TFLOP/s")
+    print(f"peer     {value['transformers']}\nmatmul   {value['matmul_tflops']} TFLOP/s, grouped {value['grouped_matmul_tflops']}")
     print(f"wrote {merge_result(device_name(), 'train_step', value)}")
 
 

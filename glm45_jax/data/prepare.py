@@ -136,7 +136,15 @@ def _build(data: Data, folder: Path, fingerprint: str, tokenizer: Tokenizer | No
         }
         (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         _publish(temporary, folder)
-        log.info("prepared %s: %s", folder, json.dumps(report))
+        for name, splits in report["sources"].items():
+            train, val = splits["train"], splits["val"]
+            log.info(
+                "%s: %s training tokens in %s documents, %s for validation",
+                name,
+                f"{train['tokens']:,}",
+                f"{train['docs']:,}",
+                f"{val['tokens']:,}",
+            )
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -159,7 +167,7 @@ def _gather(data: Data) -> tuple[dict[tuple[str, str], list[Doc]], dict[str, int
     seen: set[str] = set()
     for source, _ in data.sources:
         keyed, dropped[source.name] = [], 0
-        for doc in tqdm(source.docs(), desc=f"read {source.name}", unit=" docs"):
+        for doc in tqdm(source.docs(), desc=f"read {source.name}", unit=" docs", disable=None):
             text_hash = _digest(doc.text)
             if text_hash in seen:
                 dropped[source.name] += 1
@@ -216,7 +224,7 @@ def _write_stores(
 
     counts: dict[str, dict[str, Any]] = {}
     total = sum(len(doc.text) for part in docs.values() for doc in part)
-    with tqdm(total=total, desc="encode", unit=" chars", unit_scale=True) as bar:
+    with tqdm(total=total, desc="encode", unit=" chars", unit_scale=True, disable=None) as bar:
         for (name, split), part in docs.items():
             size = {
                 "docs": len(part),

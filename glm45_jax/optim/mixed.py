@@ -26,7 +26,7 @@ TRAINED: tuple[plan.Kind, ...] = ("matrix", "embed", "norm", "bias")
 class AdamState(NamedTuple):
     """Steps taken, first and second moments (float32, shaped like the weights)."""
 
-    count: jax.Array
+    step: jax.Array
     m: Any
     v: Any
 
@@ -125,14 +125,14 @@ def scale_by_adam(*, b1: float, b2: float, eps: float) -> optax.GradientTransfor
 
     def update(grads: Any, state: AdamState, weights: Any = None) -> tuple[Any, AdamState]:
         del weights
-        count = optax.safe_increment(state.count)
-        t = count.astype(jnp.float32)
+        step = optax.safe_increment(state.step)
+        t = step.astype(jnp.float32)
         correction = jnp.sqrt(1.0 - b2**t) / (1.0 - b1**t)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         m = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, state.m, grads)
         v = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * jnp.square(g), state.v, grads)
         direction = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), m, v)
-        return direction, AdamState(count, m, v)
+        return direction, AdamState(step, m, v)
 
     return optax.GradientTransformation(init, update)
 

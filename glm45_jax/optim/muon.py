@@ -178,8 +178,7 @@ def orthogonal(
 ) -> jax.Array:
     """`newton_schulz` of each matrix of a weight, in its shape, spread over the ambient mesh.
 
-    x[spec.axes by rules] -> result in the same layout; on the way the matrices lie whole on single
-    devices.
+    x[spec.axes by rules] -> the same layout; on the way the matrices lie whole on single devices.
     Raises: ValueError where x is not of the plan's shape.
     """
     if x.shape != spec.shape:
@@ -300,12 +299,13 @@ def _shift(x: jax.Array, axis: str, size: int, src: int | None, dst: int | None)
     """x with a mesh axis moved from splitting dim `src` to `dst`; None: it splits nothing."""
     if src == dst:
         return x
-    if src is None:
-        piece = x.shape[dst] // size
-        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * piece, piece, dst)
-    if dst is None:
+    if src is not None and dst is not None:
+        return jax.lax.all_to_all(x, axis, split_axis=dst, concat_axis=src, tiled=True)
+    if src is not None:
         return jax.lax.all_gather(x, axis, axis=src, tiled=True)
-    return jax.lax.all_to_all(x, axis, split_axis=dst, concat_axis=src, tiled=True)
+    assert dst is not None
+    piece = x.shape[dst] // size
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * piece, piece, dst)
 
 
 def _split_of(spec: plan.ParamSpec) -> int:

@@ -201,26 +201,12 @@ def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
 
 def state_shardings(shapes: TrainState, specs: Any, mesh: Any, rules: Rules) -> TrainState:
     """NamedSharding of every leaf of a state: optimizer memory lies as the weight whose path and shape it has."""
-    layout = sharding.shardings(specs, mesh, rules)
-    by_path = {
-        params_lib.path_name(path): (spec.shape, lies)
-        for (path, lies), spec in zip(
-            jax.tree_util.tree_leaves_with_path(layout),
-            jax.tree.leaves(specs, is_leaf=params_lib.is_spec),
-            strict=True,
-        )
-    }
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        parts = params_lib.path_name(path).split(".")
-        for i in range(len(parts)):
-            shape, lies = by_path.get(".".join(parts[i:]), (None, replicated))
-            if shape == leaf.shape:
-                return lies
-        return replicated
+    def one(_: Any, owner: params_lib.ParamSpec | None) -> NamedSharding:
+        return replicated if owner is None else sharding.shardings(owner, mesh, rules)
 
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    return jax.tree.map(one, shapes, params_lib.owners(specs, shapes))
 
 
 def _rows(batch: Batch) -> int:

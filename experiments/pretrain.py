@@ -37,7 +37,12 @@ def tiny() -> Experiment:
             dtype="float32",
         ),
         train=Train(
-            steps=20, rows=16, mtp_weight=Constant(0.3), save_every=10, validate_every=10, validate_rows=16
+            steps=20,
+            rows=16,
+            mtp_weight=Constant(0.3),
+            save_every=10,
+            validate_every=10,
+            validate_rows=16,
         ),
         report=Report(prompts=("The ",), max_tokens=8),
     )
@@ -47,7 +52,12 @@ def mini() -> Experiment:
     """A 100M-class model on the installed Python sources and documents: half an hour on one H100."""
     steps, rows, seq_len = 2000, 32, 2048
     tokens = float(steps * rows * seq_len)
-    sources = ((PythonSources(), 0.6), (Docstrings(), 0.1), (PydocTopics(), 0.1), (PackageDocs(), 0.2))
+    sources = (
+        (PythonSources(), 0.6),
+        (Docstrings(), 0.1),
+        (PydocTopics(), 0.1),
+        (PackageDocs(), 0.2),
+    )
     return Experiment(
         name="pretrain_mini",
         model=config.mini(vocab=16_384),

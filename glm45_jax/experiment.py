@@ -37,7 +37,13 @@ from glm45_jax.train.state import Train, TrainState
 log = logging.getLogger(__name__)
 
 MAX_PADDING_ROWS = 1024  # of the embedding beyond the tokenizer's ids; the released table has 187
-MAY_CHANGE = ("mesh", "rules", "train.log_every", "train.save_every", "train.keep")  # in a workdir that goes on
+MAY_CHANGE = (
+    "mesh",
+    "rules",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+)  # in a workdir that goes on
 
 
 class BadInput(ValueError):
@@ -163,7 +169,9 @@ def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
     checkpoints = Checkpoints(workdir / "checkpoints", keep=exp.train.keep)
     resumed = resume(trainer, checkpoints)
     if resumed is None:
-        return _Ready(exp, workdir, prepared, source, trainer, checkpoints, _initial(exp, trainer), 0)
+        return _Ready(
+            exp, workdir, prepared, source, trainer, checkpoints, _initial(exp, trainer), 0
+        )
     state, sidecars, start = resumed
     source.check_state(sidecars["loader"])
     log.info("resuming at step %d", start)
@@ -192,7 +200,9 @@ def _claim(exp: Experiment, workdir: pathlib.Path) -> None:
             )
         return
     if workdir.exists() and (workdir / "checkpoints").exists():
-        raise ValueError(f"{workdir} has checkpoints but no experiment.json; give another --workdir")
+        raise ValueError(
+            f"{workdir} has checkpoints but no experiment.json; give another --workdir"
+        )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(mine, indent=1))
@@ -229,7 +239,11 @@ def _initial(exp: Experiment, trainer: Trainer) -> TrainState:
     else:
         # Only the weights are asked for: the other run may have had another optimizer.
         wanted = {"params": trainer.abstract.params}
-        params = Checkpoints(pathlib.Path(exp.init.workdir) / "checkpoints").restore(wanted, partial=True).state["params"]
+        params = (
+            Checkpoints(pathlib.Path(exp.init.workdir) / "checkpoints")
+            .restore(wanted, partial=True)
+            .state["params"]
+        )
     return trainer.load_view(view.replace(params=jax.device_put(params, layout)))
 
 
@@ -258,7 +272,9 @@ def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
             writers=writers,
             progress=progress,
             hooks=[_validate(ready)],
-            utilisation=lambda rate: cost.mfu(rate, exp.model, exp.data.seq_len, ready.trainer.n_devices, peak),
+            utilisation=lambda rate: cost.mfu(
+                rate, exp.model, exp.data.seq_len, ready.trainer.n_devices, peak
+            ),
         )
     finally:
         for writer in [*writers, *([progress] if progress else [])]:
@@ -287,7 +303,9 @@ def _validation_batch(ready: _Ready) -> Any:
     return loader.batch(0)
 
 
-def _write_report(ready: _Ready, state: TrainState, outcome: Outcome, seconds: float) -> pathlib.Path:
+def _write_report(
+    ready: _Ready, state: TrainState, outcome: Outcome, seconds: float
+) -> pathlib.Path:
     exp = ready.exp
     counts = cost.param_counts(exp.model)
     facts = {
@@ -299,9 +317,15 @@ def _write_report(ready: _Ready, state: TrainState, outcome: Outcome, seconds: f
         "time": f"{outcome.seconds:.0f} s training, {seconds:.0f} s with data, compilation and this report's models",
         "training tokens": f"{sum(s.manifest.n_tokens for s in ready.prepared.train.values()):,} (vocabulary {exp.data.vocab})",
     }
-    baselines = ngram_losses(ready.prepared, _validation_batch(ready), exp.data.vocab) if exp.report.ngrams else {}
+    baselines = (
+        ngram_losses(ready.prepared, _validation_batch(ready), exp.data.vocab)
+        if exp.report.ngrams
+        else {}
+    )
     samples = _samples(ready, state) if exp.report.prompts else []
-    path = write_report(ready.workdir, title=exp.name, facts=facts, baselines=baselines, samples=samples)
+    path = write_report(
+        ready.workdir, title=exp.name, facts=facts, baselines=baselines, samples=samples
+    )
     for name, nats in baselines.items():
         log.info("%s: %.4f nats a token", name, nats)
     return path
@@ -309,7 +333,9 @@ def _write_report(ready: _Ready, state: TrainState, outcome: Outcome, seconds: f
 
 def ngram_losses(prepared: Prepared, batch: Any, vocab: int) -> dict[str, float]:
     """Nats a token of a unigram and a Kneser-Ney bigram model fitted on all training tokens, on the validation targets."""
-    train = np.concatenate([store.read(0, store.manifest.n_tokens) for store in prepared.train.values()])
+    train = np.concatenate(
+        [store.read(0, store.manifest.n_tokens) for store in prepared.train.values()]
+    )
     rows_BT1 = np.concatenate([batch.tokens_BT, batch.targets_BT[:, -1:]], axis=1)
     return {
         "unigram": float(ngram.unigram_nats(train, rows_BT1, vocab)),
@@ -329,7 +355,9 @@ def _samples(ready: _Ready, state: TrainState) -> list[tuple[str, str]]:
         stop=(tokenizer.id_of(END_OF_TEXT),),
         key=jax.random.key(exp.seed),
     )
-    return [(prompt, tokenizer.decode(out)) for prompt, out in zip(exp.report.prompts, ids, strict=True)]
+    return [
+        (prompt, tokenizer.decode(out)) for prompt, out in zip(exp.report.prompts, ids, strict=True)
+    ]
 
 
 def dry_run(exp: Experiment) -> str:
@@ -371,7 +399,11 @@ def _check_rows(exp: Experiment) -> None:
     """Raises ValueError where a batch does not divide over the mesh, without needing its devices."""
     ways = exp.devices()
     if isinstance(exp.mesh, MeshShape):
-        sizes = dict(zip(("data", "fsdp", "expert", "context", "tensor"), exp.mesh.resolve(ways), strict=True))
+        sizes = dict(
+            zip(
+                ("data", "fsdp", "expert", "context", "tensor"), exp.mesh.resolve(ways), strict=True
+            )
+        )
         ways = int(np.prod([sizes[axis] for axis in exp.rules.batch]))
     for first, rows in exp.batch_sizes():
         if rows % ways:
@@ -398,4 +430,13 @@ def _memory(exp: Experiment, rows: int) -> dict[str, float]:
     )
 
 
-__all__ = ["BadInput", "Experiment", "FromHF", "FromRun", "Report", "Scratch", "dry_run", "run_training"]
+__all__ = [
+    "BadInput",
+    "Experiment",
+    "FromHF",
+    "FromRun",
+    "Report",
+    "Scratch",
+    "dry_run",
+    "run_training",
+]

@@ -63,9 +63,18 @@ def table(cfg: ModelConfig) -> list[Entry]:
 def _layer(cfg: ModelConfig, name: str, leaf: str, at: int, dense: bool) -> Iterator[Entry]:
     yield Entry(f"{name}.input_layernorm.weight", f"{leaf}.norm_mixer_D", (at,))
     yield Entry(f"{name}.post_attention_layernorm.weight", f"{leaf}.norm_ffn_D", (at,))
-    mixer = {"q_proj.weight": "q_DNH", "k_proj.weight": "k_DKH", "v_proj.weight": "v_DKH", "o_proj.weight": "out_NHD"}
+    mixer = {
+        "q_proj.weight": "q_DNH",
+        "k_proj.weight": "k_DKH",
+        "v_proj.weight": "v_DKH",
+        "o_proj.weight": "out_NHD",
+    }
     if cfg.mixer.qkv_bias:
-        mixer |= {"q_proj.bias": "q_bias_NH", "k_proj.bias": "k_bias_KH", "v_proj.bias": "v_bias_KH"}
+        mixer |= {
+            "q_proj.bias": "q_bias_NH",
+            "k_proj.bias": "k_bias_KH",
+            "v_proj.bias": "v_bias_KH",
+        }
     if cfg.mixer.qk_norm:
         mixer |= {"q_norm.weight": "q_norm_H", "k_norm.weight": "k_norm_H"}
     for theirs, ours in mixer.items():
@@ -79,10 +88,16 @@ def _layer(cfg: ModelConfig, name: str, leaf: str, at: int, dense: bool) -> Iter
     yield Entry(f"{name}.mlp.gate.e_score_correction_bias", f"{leaf}.ffn.bias_E", (at,))
     for e in range(cfg.moe.experts):
         for theirs, ours in mlp.items():
-            yield Entry(f"{name}.mlp.experts.{e}.{theirs}.weight", f"{leaf}.ffn.{ours.format('E')}", (at, e))
+            yield Entry(
+                f"{name}.mlp.experts.{e}.{theirs}.weight", f"{leaf}.ffn.{ours.format('E')}", (at, e)
+            )
     if cfg.moe.shared:
         for theirs, ours in mlp.items():
-            yield Entry(f"{name}.mlp.shared_experts.{theirs}.weight", f"{leaf}.ffn.shared.{ours.format('')}", (at,))
+            yield Entry(
+                f"{name}.mlp.shared_experts.{theirs}.weight",
+                f"{leaf}.ffn.shared.{ours.format('')}",
+                (at,),
+            )
 
 
 def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Any = None, rules: Any = None):
@@ -101,7 +116,9 @@ def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Any = None, rules
         if entry.copy:
             continue
         if entry.name not in tensors:
-            raise ValueError(f"{path}: tensor {entry.name} is missing; {len(tensors)} tensors were found")
+            raise ValueError(
+                f"{path}: tensor {entry.name} is missing; {len(tensors)} tensors were found"
+            )
         spec = plan[entry.leaf]
         value = _to_ours(tensors[entry.name], entry, spec.shape[len(entry.index) :])
         leaf_dtype = np.float32 if spec.kind == "state" else (dtype or value.dtype)
@@ -123,9 +140,13 @@ def config(c: dict[str, Any]) -> ModelConfig:
     Raises: ValueError for another architecture, or a feature that GLM-4.5 does not have.
     """
     if c.get("model_type") != "glm4_moe":
-        raise ValueError(f"model_type {c.get('model_type')!r} is not 'glm4_moe'; only the GLM-4.5 family is read")
+        raise ValueError(
+            f"model_type {c.get('model_type')!r} is not 'glm4_moe'; only the GLM-4.5 family is read"
+        )
     if c.get("tie_word_embeddings"):
-        raise ValueError("tie_word_embeddings is true; GLM-4.5 checkpoints have a head of their own")
+        raise ValueError(
+            "tie_word_embeddings is true; GLM-4.5 checkpoints have a head of their own"
+        )
     rope = {**c, **(c.get("rope_parameters") or {})}
     heads = c["num_attention_heads"]
     return ModelConfig(
@@ -174,5 +195,7 @@ def _to_ours(value: np.ndarray, entry: Entry, shape: tuple[int, ...]) -> np.ndar
     """HF stores [out, in]; ours is [in..., out...]. The embedding is a table in both."""
     turned = value.T if value.ndim == 2 and entry.leaf != "embed_VD" else value
     if turned.size != int(np.prod(shape)):
-        raise ValueError(f"{entry.name} has shape {value.shape}; {entry.leaf} of this config needs {shape}")
+        raise ValueError(
+            f"{entry.name} has shape {value.shape}; {entry.leaf} of this config needs {shape}"
+        )
     return turned.reshape(shape)

@@ -24,9 +24,23 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python -m glm45_jax.main", description=__doc__)
     p.add_argument("experiment", help="module:function, say experiments.quickstart:quickstart")
-    p.add_argument("--workdir", type=pathlib.Path, help="where everything the run writes goes; resumes what is there")
-    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="override, say optim.lr=2e-4")
-    p.add_argument("--dry-run", action="store_true", help="print what the run would be; no accelerator, no files")
+    p.add_argument(
+        "--workdir",
+        type=pathlib.Path,
+        help="where everything the run writes goes; resumes what is there",
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="override, say optim.lr=2e-4",
+    )
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what the run would be; no accelerator, no files",
+    )
     return p
 
 
@@ -44,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(dry_run(experiment) + "\n")
             return 0
         if args.workdir is None:
-            raise ValueError("--workdir is missing; name a folder for checkpoints, metrics and the report")
+            raise ValueError(
+                "--workdir is missing; name a folder for checkpoints, metrics and the report"
+            )
     except ValueError as error:
         return _refuse(error)
     try:
@@ -63,20 +79,28 @@ def find(name: str):
     """
     module_name, _, function_name = name.partition(":")
     if not function_name:
-        raise ValueError(f"experiment {name!r} is not module:function, say experiments.pretrain:glm45_air")
+        raise ValueError(
+            f"experiment {name!r} is not module:function, say experiments.pretrain:glm45_air"
+        )
     sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise
-        raise ValueError(f"no module {error.name!r} for experiment {name!r}; run from the repository's root") from error
+        raise ValueError(
+            f"no module {error.name!r} for experiment {name!r}; run from the repository's root"
+        ) from error
     finally:
         sys.path.pop(0)
-    functions = [n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module_name]
+    functions = [
+        n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module_name
+    ]
     if function_name not in functions:
         near = difflib.get_close_matches(function_name, functions, 3, 0.3)
-        raise ValueError(f"{module_name} has no function {function_name!r}; did you mean {near}? It has {functions}")
+        raise ValueError(
+            f"{module_name} has no function {function_name!r}; did you mean {near}? It has {functions}"
+        )
     return getattr(module, function_name)
 
 
@@ -87,7 +111,11 @@ def _refuse(error: ValueError) -> int:
 
 def _use_compile_cache() -> None:
     """Compiled programs outlive the process, unless the environment says where they go."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "glm45_jax" / "compiled"
+    cache = (
+        pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        / "glm45_jax"
+        / "compiled"
+    )
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
 

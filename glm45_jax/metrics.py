@@ -78,7 +78,9 @@ def setup_logging(*, level: int = logging.INFO, process: int = 0) -> None:
     `absl`, JAX every backend it does not find: of both, warnings remain.
     """
     root = logging.getLogger()
-    for other in [h for h in root.handlers if type(h) is logging.StreamHandler and h.name != _HANDLER]:
+    for other in [
+        h for h in root.handlers if type(h) is logging.StreamHandler and h.name != _HANDLER
+    ]:
         root.removeHandler(other)  # a library called basicConfig: every record would come twice
     handler = next((h for h in root.handlers if h.name == _HANDLER), None)
     if handler is None:

@@ -58,7 +58,15 @@ def test_the_command_line_has_four_flags():
 def test_a_run_leaves_metrics_checkpoints_a_report_and_plots(done):
     rows = read_jsonl(done / "metrics.jsonl")
     assert [row.step for row in rows] == list(range(1, 13))
-    assert {"loss", "loss/ce", "loss/mtp", "loss/balance", "lr", "grad_norm", "update_rms/matrix"} <= set(rows[0].scalars)
+    assert {
+        "loss",
+        "loss/ce",
+        "loss/mtp",
+        "loss/balance",
+        "lr",
+        "grad_norm",
+        "update_rms/matrix",
+    } <= set(rows[0].scalars)
     assert rows[0].arrays["load"].shape == rows[0].arrays["bias"].shape == (3, 8)
     assert rows[-1].scalars["loss/ce"] < rows[0].scalars["loss/ce"] - 0.1
     assert "val/loss" in rows[9].scalars and "val/loss" in rows[11].scalars
@@ -82,13 +90,19 @@ def test_a_workdir_of_another_experiment_is_refused_and_left_alone(done, capsys)
 
 
 def test_a_truncated_token_store_is_refused_and_left_alone(done, capsys):
-    files = [p for p in (done / "data").rglob("*") if p.is_file() and p.stat().st_size > 1000 and "c" in p.parts]
+    files = [
+        p
+        for p in (done / "data").rglob("*")
+        if p.is_file() and p.stat().st_size > 1000 and "c" in p.parts
+    ]
     victim = max(files, key=lambda p: p.stat().st_size)
     whole = victim.read_bytes()
     victim.write_bytes(whole[: len(whole) // 2])
     before = everything_in(done)
     message = refused(capsys, TINY, "--workdir", str(done), *QUICK)
-    assert str(len(whole)) in message.replace(",", "") and str(len(whole) // 2) in message.replace(",", "")
+    assert str(len(whole)) in message.replace(",", "") and str(len(whole) // 2) in message.replace(
+        ",", ""
+    )
     assert everything_in(done) == before
     victim.write_bytes(whole)
 
@@ -114,7 +128,9 @@ def test_a_vocabulary_mismatch_is_refused(capsys):
 def test_a_missing_workdir_function_or_module_is_refused(capsys):
     assert "--workdir is missing" in refused(capsys, TINY)
     assert "glm45_air" in refused(capsys, "experiments.pretrain:glm45_ari", "--dry-run")
-    assert "run from the repository's root" in refused(capsys, "experiment.pretrain:tiny", "--dry-run")
+    assert "run from the repository's root" in refused(
+        capsys, "experiment.pretrain:tiny", "--dry-run"
+    )
     assert "is not module:function" in refused(capsys, "experiments.pretrain", "--dry-run")
 
 
@@ -124,7 +140,12 @@ def all_experiments():
             module = __import__(f"experiments.{path.stem}", fromlist=["*"])
             for name, function in vars(module).items():
                 own = getattr(function, "__module__", None) == module.__name__
-                if own and callable(function) and not name.startswith("_") and isinstance(function, type(all_experiments)):
+                if (
+                    own
+                    and callable(function)
+                    and not name.startswith("_")
+                    and isinstance(function, type(all_experiments))
+                ):
                     yield f"{module.__name__}:{name}"
 
 
@@ -154,11 +175,23 @@ def test_a_killed_process_saves_and_goes_on(mesh, tmp_path):
         f"make = e.tiny\ne.tiny = lambda: dataclasses.replace(make(), mesh={mesh!r})\n"
         "main.find = lambda name: e.tiny\nsys.exit(main.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", script, TINY, "--workdir", str(tmp_path / "w"), "--set", "train.steps=400"]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        TINY,
+        "--workdir",
+        str(tmp_path / "w"),
+        "--set",
+        "train.steps=400",
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     lines = tmp_path / "w" / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not (lines.exists() and lines.read_bytes().count(b"\n") >= 3) and time.monotonic() < deadline:
+    while (
+        not (lines.exists() and lines.read_bytes().count(b"\n") >= 3)
+        and time.monotonic() < deadline
+    ):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

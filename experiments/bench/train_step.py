@@ -37,7 +37,11 @@ class Case:
     dtype: str
 
 
-CASES = {"gpu": Case(32, 2048, 20, "bfloat16"), "tpu": Case(32, 2048, 20, "bfloat16"), "cpu": Case(1, 512, 3, "float32")}
+CASES = {
+    "gpu": Case(32, 2048, 20, "bfloat16"),
+    "tpu": Case(32, 2048, 20, "bfloat16"),
+    "cpu": Case(1, 512, 3, "float32"),
+}
 
 
 def random_batch(case: Case, vocab: int) -> Batch:
@@ -50,7 +54,9 @@ def random_batch(case: Case, vocab: int) -> Batch:
 
 def time_steps(case: Case, optim: Muon | AdamW, cfg: config.ModelConfig) -> dict[str, float]:
     """Median seconds of a step, after two that warm up, and what follows from it."""
-    recipe = Recipe(cfg, optim, Train(steps=100, rows=case.rows, bias_rate=Constant(1e-3)), packed=False)
+    recipe = Recipe(
+        cfg, optim, Train(steps=100, rows=case.rows, bias_rate=Constant(1e-3)), packed=False
+    )
     trainer = make_trainer(MeshShape(data=-1, fsdp=1), recipe)
     state, batch = trainer.init(jax.random.key(0)), random_batch(case, cfg.vocab)
     began = time.perf_counter()
@@ -100,7 +106,14 @@ def grouped_matmul_tflops(case: Case, cfg: config.ModelConfig) -> dict[str, floa
     sizes = jnp.full(moe.experts, rows // moe.experts, jnp.int32)
     found = {}
     for impl in ("blocked", "reference"):
-        f = jax.jit(jax.grad(lambda x, w, impl=impl: grouped_matmul(x, w, sizes, impl=impl).sum().astype(jnp.float32), (0, 1)))
+        f = jax.jit(
+            jax.grad(
+                lambda x, w, impl=impl: (
+                    grouped_matmul(x, w, sizes, impl=impl).sum().astype(jnp.float32)
+                ),
+                (0, 1),
+            )
+        )
         jax.block_until_ready(f(x, w))
         times = []
         for _ in range(5):
@@ -137,7 +150,9 @@ def torch_peer(case: Case, cfg: config.ModelConfig) -> dict[str, Any]:
         routed_scaling_factor=cfg.moe.scale,
         use_cache=False,
     )
-    results: dict[str, Any] = {"versions": f"torch {torch.__version__}, transformers {transformers.__version__}"}
+    results: dict[str, Any] = {
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}"
+    }
     for experts in ("grouped_mm", "eager"):
         results[experts] = _time_torch(case, shape, experts)
     return results
@@ -152,7 +167,9 @@ def _time_torch(case: Case, shape: Any, experts: str) -> dict[str, Any]:
             shape, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=experts
         ).cuda()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        rows = case.rows // 4  # the logits of all rows at once do not fit; gradients are summed over four parts
+        rows = (
+            case.rows // 4
+        )  # the logits of all rows at once do not fit; gradients are summed over four parts
         ids = torch.randint(0, shape.vocab_size, (4, rows, case.seq_len), device="cuda")
         times = []
         for _ in range(6):
@@ -167,13 +184,18 @@ def _time_torch(case: Case, shape: Any, experts: str) -> dict[str, Any]:
     except (TypeError, ValueError, RuntimeError) as error:
         return {"not measured": f"{type(error).__name__}: {str(error)[:200]}"}
     seconds = statistics.median(times[2:])
-    return {"step_ms": round(seconds * 1e3, 1), "tokens_per_s": round(case.rows * case.seq_len / seconds)}
+    return {
+        "step_ms": round(seconds * 1e3, 1),
+        "tokens_per_s": round(case.rows * case.seq_len / seconds),
+    }
 
 
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", action="store_true", help="also time transformers' Glm4Moe (needs a GPU)")
+    parser.add_argument(
+        "--peer", action="store_true", help="also time transformers' Glm4Moe (needs a GPU)"
+    )
     peer = parser.parse_args().peer
     case = CASES[jax.default_backend()]
     cfg = dataclasses.replace(config.mini(), dtype=case.dtype)
@@ -188,8 +210,12 @@ def main() -> None:
     for name, optim in (("muon", Muon(dtype=case.dtype)), ("adamw", AdamW())):
         value[name] = time_steps(case, optim, cfg)
         print(f"{name:8} {value[name]}", flush=True)
-    value["transformers"] = torch_peer(case, cfg) if peer else {"not measured": "--peer was not given"}
-    print(f"peer     {value['transformers']}\nmatmul   {value['matmul_tflops']} TFLOP/s, grouped {value['grouped_matmul_tflops']}")
+    value["transformers"] = (
+        torch_peer(case, cfg) if peer else {"not measured": "--peer was not given"}
+    )
+    print(
+        f"peer     {value['transformers']}\nmatmul   {value['matmul_tflops']} TFLOP/s, grouped {value['grouped_matmul_tflops']}"
+    )
     print(f"wrote {merge_result(device_name(), 'train_step', value)}")
 
 

@@ -83,9 +83,14 @@ def visible(
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, **_):
-    return jax.nn.dot_product_attention(
+    """cuDNN trains on even lengths only; MTP's T - 1 is padded at the end, where causal queries do not look."""
+    T = q_BTNH.shape[1]
+    odd = ((0, 0), (0, T % 2), (0, 0), (0, 0))
+    q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, odd) for x in (q_BTNH, k_BSKH, v_BSKH))
+    out_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, is_causal=True, implementation="cudnn"
     )
+    return out_BTNH[:, :T]
 
 
 def _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
@@ -93,6 +98,8 @@ def _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
         return "cudnn is for GPU"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cudnn takes 16-bit floats, not {q_BTNH.dtype}"
+    if q_BTNH.shape[1] != k_BSKH.shape[1]:
+        return f"cudnn is used where queries ({q_BTNH.shape[1]}) and keys ({k_BSKH.shape[1]}) are the same tokens"
     if any(m is not None for m in masks.values()):
         return "cudnn is used for whole rows only; segments or positions were given"
     if q_BTNH.shape[-1] % 8 or q_BTNH.shape[-1] > 128:

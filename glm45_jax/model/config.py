@@ -94,7 +94,7 @@ def glm47() -> ModelConfig:
 
 
 def mini(vocab: int = 32768) -> ModelConfig:
-    """A 100M-class GLM-4.5 for one accelerator: 24M active of 110M in the body, every part of the family in it."""
+    """A 100M-class GLM-4.5 for one accelerator: 27M active of 104M in the body, every part of the family in it."""
     return ModelConfig(
         vocab=vocab,
         d_model=512,

@@ -36,14 +36,24 @@ def generate(
     Raises: ValueError for an empty prompt.
     """
     if not prompts or min(map(len, prompts)) == 0:
-        raise ValueError(f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens; give one each")
+        raise ValueError(
+            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens; give one each"
+        )
     width = max(map(len, prompts))
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     valid_BT = np.zeros((len(prompts), width), bool)
     for i, prompt in enumerate(prompts):
         tokens_BT[i, : len(prompt)], valid_BT[i, : len(prompt)] = prompt, True
     out_BT = np.asarray(
-        _generate(params, tokens_BT, valid_BT, key, jnp.float32(temperature), cfg=cfg, max_tokens=max_tokens)
+        _generate(
+            params,
+            tokens_BT,
+            valid_BT,
+            key,
+            jnp.float32(temperature),
+            cfg=cfg,
+            max_tokens=max_tokens,
+        )
     )
     return [_until_stop(row, stop) for row in out_BT.tolist()]
 
@@ -56,12 +66,16 @@ def _generate(params, tokens_BT, valid_BT, key, temperature, *, cfg: ModelConfig
     last_B1 = valid_BT.sum(axis=1, dtype=jnp.int32)[:, None] - 1
     last_B1D = jnp.take_along_axis(hidden.hidden_BTD, last_B1[:, :, None], axis=1)
     first_key, key = jax.random.split(key)
-    first_B = sample_token(transformer.logits(params, last_B1D, cfg=cfg)[:, 0], first_key, temperature)
+    first_B = sample_token(
+        transformer.logits(params, last_B1D, cfg=cfg)[:, 0], first_key, temperature
+    )
 
     def one(carry, step_key):
         token_B, cache = carry
         hidden, cache = transformer.decode(params, token_B[:, None], cache, cfg=cfg)
-        next_B = sample_token(transformer.logits(params, hidden, cfg=cfg)[:, 0], step_key, temperature)
+        next_B = sample_token(
+            transformer.logits(params, hidden, cfg=cfg)[:, 0], step_key, temperature
+        )
         return (next_B, cache), token_B
 
     _, out_TB = jax.lax.scan(one, (first_B, cache), jax.random.split(key, max_tokens))

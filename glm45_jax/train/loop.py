@@ -120,10 +120,14 @@ def run_steps(
             tokens += batch.tokens_BT.size * jax.process_count()
             scalars = {name: float(x) for name, x in jax.device_get(out.scalars).items()}
             scalars |= clock.rates(batch.tokens_BT.size * jax.process_count(), utilisation)
-            hooked = {k: v for h in hooks if h.due(step) for k, v in h(step, state, trainer).items()}
+            hooked = {
+                k: v for h in hooks if h.due(step) for k, v in h(step, state, trainer).items()
+            }
             if hooked:
                 clock.skip()
-            _write(writers, step, scalars | hooked, out, step % train.log_every == 0 or bool(hooked))
+            _write(
+                writers, step, scalars | hooked, out, step % train.log_every == 0 or bool(hooked)
+            )
             if progress is not None:
                 progress.update(step, scalars | hooked)
             if train.save_every and step % train.save_every == 0:
@@ -138,7 +142,9 @@ def run_steps(
     return state, Outcome(step, why, time.monotonic() - began, tokens, batch_file)
 
 
-def resume(trainer: Trainer, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any], int] | None:
+def resume(
+    trainer: Trainer, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any], int] | None:
     """(state, sidecars, step) of the newest checkpoint that is whole, or None where there is none."""
     if checkpoints.latest() is None:
         return None
@@ -185,7 +191,9 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _write(writers: Sequence[Any], step: int, scalars: dict[str, float], out: StepOut, due: bool) -> None:
+def _write(
+    writers: Sequence[Any], step: int, scalars: dict[str, float], out: StepOut, due: bool
+) -> None:
     if not due or not writers:
         return
     load_LE, bias_LE = jax.device_get((out.load_LE, out.bias_LE))
@@ -195,9 +203,16 @@ def _write(writers: Sequence[Any], step: int, scalars: dict[str, float], out: St
 
 
 def _save(
-    checkpoints: Checkpoints, trainer: Trainer, state: TrainState, step: int, source: Source, sidecars: dict[str, Any]
+    checkpoints: Checkpoints,
+    trainer: Trainer,
+    state: TrainState,
+    step: int,
+    source: Source,
+    sidecars: dict[str, Any],
 ) -> None:
-    checkpoints.save(step, trainer.save_view(state), sidecars={**sidecars, "loader": source.state(step)})
+    checkpoints.save(
+        step, trainer.save_view(state), sidecars={**sidecars, "loader": source.state(step)}
+    )
 
 
 def _save_batch(workdir: pathlib.Path, step: int, batch: Batch, out: StepOut) -> pathlib.Path:
@@ -205,5 +220,10 @@ def _save_batch(workdir: pathlib.Path, step: int, batch: Batch, out: StepOut) ->
     path = workdir / f"not_finite_step{step}_host{jax.process_index()}.npz"
     np.savez(path, **{name: np.asarray(x) for name, x in vars(batch).items()})
     bad = [name for name, x in jax.device_get(out.scalars).items() if not math.isfinite(x)]
-    log.error("step %d is not finite in %s; its update was not applied; batch saved to %s", step, bad, path)
+    log.error(
+        "step %d is not finite in %s; its update was not applied; batch saved to %s",
+        step,
+        bad,
+        path,
+    )
     return path

@@ -64,7 +64,13 @@ def mtp_mask(batch: Batch) -> jax.Array:
 
 
 def loss(
-    params: Params, batch: Batch, denominators: Denominators, weights: Weights, *, cfg: ModelConfig, packed: bool
+    params: Params,
+    batch: Batch,
+    denominators: Denominators,
+    weights: Weights,
+    *,
+    cfg: ModelConfig,
+    packed: bool,
 ) -> LossOut:
     """CE + lambda * MTP + alpha * balance of this batch's share of the global one.
 
@@ -94,21 +100,34 @@ def loss(
             positions_BT=positions_BT,
             segments_BT=segments_BT,
         )
-        nll = cross_entropy_sum(params, ahead.hidden_BTD, batch.targets_BT[:, 1:], mtp_mask(batch), cfg=cfg)
+        nll = cross_entropy_sum(
+            params, ahead.hidden_BTD, batch.targets_BT[:, 1:], mtp_mask(batch), cfg=cfg
+        )
         parts["mtp"] = nll / _at_least_one(denominators.mtp_tokens)
         total = total + weights.mtp * parts["mtp"]
-        balance, load_LE = balance + ahead.balance_LB.sum(), jnp.concatenate([load_LE, ahead.load_LE])
+        balance, load_LE = (
+            balance + ahead.balance_LB.sum(),
+            jnp.concatenate([load_LE, ahead.load_LE]),
+        )
     parts["balance"] = balance / _at_least_one(denominators.documents)
     return LossOut(total + weights.balance * parts["balance"], denominators.tokens, parts, load_LE)
 
 
 def cross_entropy_sum(
-    params: Params, hidden_BTD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *, cfg: ModelConfig
+    params: Params,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    cfg: ModelConfig,
 ) -> jax.Array:
     """Sum of -log p(target) where the mask is 1, float32."""
     D = hidden_BTD.shape[-1]
     nll_M = token_nll(
-        hidden_BTD.reshape(-1, D), params.head_DV, targets_BT.reshape(-1), impl=cfg.impl.cross_entropy
+        hidden_BTD.reshape(-1, D),
+        params.head_DV,
+        targets_BT.reshape(-1),
+        impl=cfg.impl.cross_entropy,
     )
     return (nll_M * mask_BT.reshape(-1)).sum()
 

@@ -97,11 +97,15 @@ class Recipe:
             positions_BT=batch.positions_BT if self.packed else None,
             keep_router_logits=False,
         )
-        total = cross_entropy_sum(params, hidden.hidden_BTD, batch.targets_BT, batch.mask_BT, cfg=self.cfg)
+        total = cross_entropy_sum(
+            params, hidden.hidden_BTD, batch.targets_BT, batch.mask_BT, cfg=self.cfg
+        )
         return total, count(batch).tokens
 
 
-def make_trainer(where: Pmap | MeshShape, recipe: Recipe, rules: Rules = Rules(), devices: Any = None) -> Trainer:
+def make_trainer(
+    where: Pmap | MeshShape, recipe: Recipe, rules: Rules = Rules(), devices: Any = None
+) -> Trainer:
     """The trainer of a recipe on these devices.
 
     Raises: ValueError where the mesh does not fit the devices.
@@ -138,12 +142,16 @@ def _mesh_trainer(where: MeshShape, recipe: Recipe, rules: Rules, devices: Any) 
     hosts = jax.process_count()
     return Trainer(
         init=jax.jit(init, out_shardings=layout),
-        step=lambda state, batch: step(state, put(batch), accum=recipe.train.accum(_rows(batch) * hosts)),
+        step=lambda state, batch: step(
+            state, put(batch), accum=recipe.train.accum(_rows(batch) * hosts)
+        ),
         nll=lambda state, batch: _floats(nll(state.params, put(batch))),
         save_view=lambda state: state,
         load_view=lambda state: state,
         check_rows=functools.partial(sharding.check_batch, mesh=mesh, rules=rules),
-        abstract=jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout),
+        abstract=jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
+        ),
         n_devices=mesh.size,
     )
 
@@ -151,7 +159,9 @@ def _mesh_trainer(where: MeshShape, recipe: Recipe, rules: Rules, devices: Any) 
 def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
     local = list(jax.local_devices() if devices is None else devices)
     if where.devices > len(local):
-        raise ValueError(f"pmap over {where.devices} devices, but this host has {len(local)}; use -1 for all")
+        raise ValueError(
+            f"pmap over {where.devices} devices, but this host has {len(local)}; use -1 for all"
+        )
     used = local if where.devices == -1 else local[: where.devices]
     n, total = len(used), len(used) * jax.process_count()
     init = functools.partial(init_state, recipe.specs, recipe.tx)
@@ -164,7 +174,9 @@ def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
         static_broadcasted_argnums=2,
     )
     nll = jax.pmap(
-        lambda params, batch: jax.lax.psum(recipe.nll(params, batch), PMAP_AXIS), axis_name=PMAP_AXIS, devices=used
+        lambda params, batch: jax.lax.psum(recipe.nll(params, batch), PMAP_AXIS),
+        axis_name=PMAP_AXIS,
+        devices=used,
     )
 
     def split(batch: Batch) -> Batch:
@@ -194,7 +206,9 @@ def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
         save_view=_first_copy,
         load_view=spread,
         check_rows=check_rows,
-        abstract=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), shapes),
+        abstract=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), shapes
+        ),
         n_devices=total,
     )
 

@@ -291,7 +291,9 @@ def _loss_figure(run: _Run) -> Any:
     if balance:
         below = figure.add_subplot(grid[1], sharex=axes)
         _curve(below, run, "loss/balance", "balance", _GREEN)
-        below.set_title("Sequence balance term, unweighted, summed over layers (1 a layer is even)", fontsize=9)
+        below.set_title(
+            "Sequence balance term, unweighted, summed over layers (1 a layer is even)", fontsize=9
+        )
         below.set_ylabel("sum f·P")
         below.ticklabel_format(axis="y", scilimits=(-2, 3))
         _dress_steps(below, run)

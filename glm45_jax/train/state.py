@@ -14,8 +14,6 @@ from glm45_jax import params as params_lib
 from glm45_jax.optim.schedules import BatchRamp, Constant, Schedule, Steps, tokens_zero
 
 
-
-
 @struct.dataclass
 class TrainState:
     """step: int32, optimizer steps taken. tokens_seen: uint32[2], exact (`optim.schedules.tokens_add`)."""

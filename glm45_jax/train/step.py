@@ -58,19 +58,29 @@ def train_step(
     )
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
-    lr = optim.lr_at(seen)
-    updates, opt = tx.update(grads, state.opt, state.params)
-    params = jax.tree.map(lambda w, u: w + (lr * u.astype(jnp.float32)).astype(w.dtype), state.params, updates)
-    params = move_bias(params, out.load_LE, train.bias_rate(seen))
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    tokens_seen = tokens_add(state.tokens_seen, batch.tokens_BT.size * devices)
+    lr = optim.lr_at(
+        tokens_float(tokens_seen)
+    )  # at the batch's end: the first step of a warmup moves
+    updates, opt = tx.update(grads, state.opt, state.params)
+    params = jax.tree.map(
+        lambda w, u: w + (lr * u.astype(jnp.float32)).astype(w.dtype), state.params, updates
+    )
+    params = move_bias(params, out.load_LE, train.bias_rate(seen))
     taken = TrainState(
         step=state.step + 1,
         params=params,
         opt=opt,
         key=jax.random.fold_in(state.key, state.step),
-        tokens_seen=tokens_add(state.tokens_seen, batch.tokens_BT.size * devices),
+        tokens_seen=tokens_seen,
     )
-    scalars = {"loss": out.loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens_float(taken.tokens_seen)}
+    scalars = {
+        "loss": out.loss,
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens": tokens_float(taken.tokens_seen),
+    }
     scalars |= {f"loss/{name}": value for name, value in out.parts.items()}
     scalars |= {f"update_rms/{kind}": rms for kind, rms in update_rms(updates, specs).items()}
     scalars |= balance_scalars(out.load_LE, biases(params))
@@ -105,7 +115,9 @@ def gradients(
         # Micro-batch z takes rows z, z + accum, ...: rows stay on the device that holds them.
         split = jax.tree.map(lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), batch)
         split = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), split)
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, _first(split)))
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, _first(split))
+        )
         total, _ = jax.lax.scan(lambda sums, micro: (_add(sums, one(micro)), None), zero, split)
     return _global(total, axis_name)
 
@@ -140,9 +152,13 @@ def update_rms(updates: Any, specs: Any) -> dict[str, jax.Array]:
     flat = jax.tree.leaves(specs, is_leaf=params_lib.is_spec)
     for spec, update in zip(flat, jax.tree.leaves(updates), strict=True):
         if spec.kind != "state":
-            squares.setdefault(spec.kind, []).append(jnp.sum(jnp.square(update.astype(jnp.float32))))
+            squares.setdefault(spec.kind, []).append(
+                jnp.sum(jnp.square(update.astype(jnp.float32)))
+            )
             sizes[spec.kind] = sizes.get(spec.kind, 0) + math.prod(spec.shape)
-    return {kind: jnp.sqrt(sum(parts[1:], parts[0]) / sizes[kind]) for kind, parts in squares.items()}
+    return {
+        kind: jnp.sqrt(sum(parts[1:], parts[0]) / sizes[kind]) for kind, parts in squares.items()
+    }
 
 
 def balance_scalars(load_LE: jax.Array, bias_LE: jax.Array) -> dict[str, jax.Array]:
@@ -166,4 +182,12 @@ def _first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], tree)
 
 
-__all__ = ["Denominators", "StepOut", "biases", "gradients", "move_bias", "train_step", "update_rms"]
+__all__ = [
+    "Denominators",
+    "StepOut",
+    "biases",
+    "gradients",
+    "move_bias",
+    "train_step",
+    "update_rms",
+]

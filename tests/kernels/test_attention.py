@@ -71,3 +71,23 @@ def test_one_document_by_segments_equals_no_segments():
     q, k, v = draw(ATTENTION["tiny"])
     ones = jnp.ones(q.shape[:2], jnp.int32)
     np.testing.assert_array_equal(op.attention(q, k, v, segments_BT=ones), op.attention(q, k, v))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [255, 256])
+def test_cudnn_equals_the_reference_in_bfloat16_forward_and_backward(T):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = jax.random.normal(keys[0], (2, T, 8, 64), jnp.bfloat16)
+    k, v = (jax.random.normal(key, (2, T, 2, 64), jnp.bfloat16) for key in keys[1:3])
+    cotangent = jax.random.normal(keys[3], q.shape, jnp.bfloat16)
+    exact, pull = jax.vjp(op.reference, *(x.astype(jnp.float32) for x in (q, k, v)))
+    out, pull_out = jax.vjp(lambda q, k, v: op.attention(q, k, v, impl="cudnn"), q, k, v)
+    pairs = [
+        (out, exact),
+        *zip(pull_out(cotangent), pull(cotangent.astype(jnp.float32)), strict=True),
+    ]
+    for ours, theirs in pairs:
+        error = jnp.linalg.norm((ours.astype(jnp.float32) - theirs).ravel()) / jnp.linalg.norm(
+            theirs.ravel()
+        )
+        assert error < 1e-2  # bf16 operands

@@ -43,7 +43,11 @@ def arrays_in(jaxpr):
 
 
 def biggest(f, *args):
-    return max(int(np.prod(a.shape)) for a in arrays_in(jax.make_jaxpr(f)(*args).jaxpr) if hasattr(a, "shape"))
+    return max(
+        int(np.prod(a.shape))
+        for a in arrays_in(jax.make_jaxpr(f)(*args).jaxpr)
+        if hasattr(a, "shape")
+    )
 
 
 def test_all_logits_never_exist_forward_or_backward():

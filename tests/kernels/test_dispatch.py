@@ -7,7 +7,9 @@ import pytest
 from glm45_jax.kernels import dispatch
 from glm45_jax.kernels.dispatch import Implementation, anything
 
-FAST = Implementation("fast", lambda x: "fast", lambda x: "needs x < 3" if x >= 3 else None, ("cpu",))
+FAST = Implementation(
+    "fast", lambda x: "fast", lambda x: "needs x < 3" if x >= 3 else None, ("cpu",)
+)
 ELSEWHERE = Implementation("elsewhere", lambda x: "elsewhere", anything, ("gpu",))
 SLOW = Implementation("slow", lambda x: "slow", anything, ("cpu", "gpu", "tpu"))
 IMPLS = (ELSEWHERE, FAST, SLOW)

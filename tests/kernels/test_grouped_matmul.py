@@ -28,7 +28,9 @@ def draw(shape, seed=0):
 
 def by_hand(x, w, sizes):
     edges = np.cumsum([0, *sizes])
-    return np.concatenate([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))])
+    return np.concatenate(
+        [x[a:b] @ w[e] for e, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))]
+    )
 
 
 @functools.partial(jax.jit, static_argnames="impl")
@@ -53,7 +55,9 @@ def test_every_implementation_equals_a_loop_over_groups(name, impl):
 
 
 @hypothesis.settings(max_examples=25)
-@hypothesis.given(st.lists(st.integers(0, 200), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0))
+@hypothesis.given(
+    st.lists(st.integers(0, 200), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
+)
 def test_blocks_hold_every_row_once_and_each_block_one_expert(sizes):
     n, block = sum(sizes), 64
     layout = op.lay_out(jnp.asarray(sizes, jnp.int32), n_rows=n, block=block)
@@ -71,5 +75,20 @@ def test_products_in_bfloat16_accumulate_in_float32():
     for impl in NAMES:
         out = op.grouped_matmul(x.astype(half), w.astype(half), sizes, impl=impl)
         assert out.dtype == half
-        exact = by_hand(np.asarray(x.astype(half), np.float64), np.asarray(w.astype(half), np.float64), sizes)
-        np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=2**-8, atol=2**-8)  # one bf16 rounding
+        exact = by_hand(
+            np.asarray(x.astype(half), np.float64), np.asarray(w.astype(half), np.float64), sizes
+        )
+        np.testing.assert_allclose(
+            np.asarray(out, np.float64), exact, rtol=2**-8, atol=2**-8
+        )  # one bf16 rounding
+
+
+@pytest.mark.gpu
+def test_implementations_agree_on_a_gpu_in_bfloat16():
+    x, w, sizes = draw(GROUPED["ragged"])
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    cotangent = jax.random.normal(jax.random.key(1), (x.shape[0], w.shape[2]), jnp.bfloat16)
+    results = [jax.tree.leaves(both_ways(x, w, sizes, cotangent, impl)) for impl in NAMES]
+    for ours, theirs in zip(*results, strict=True):
+        ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+        assert jnp.linalg.norm((ours - theirs).ravel()) / jnp.linalg.norm(theirs.ravel()) < 1e-2

@@ -47,7 +47,9 @@ def test_every_implementation_equals_a_token_at_a_time(name, impl):
     experts, gates = by_hand(logits, np.asarray(bias, np.float64), scale=2.5, **kwargs)
     np.testing.assert_array_equal(r.expert_MA, experts)
     np.testing.assert_allclose(r.gate_MA, gates, atol=1e-6)
-    np.testing.assert_array_equal(r.rows_E, np.bincount(experts.reshape(-1), minlength=logits.shape[1]))
+    np.testing.assert_array_equal(
+        r.rows_E, np.bincount(experts.reshape(-1), minlength=logits.shape[1])
+    )
     flat = np.asarray(r.expert_MA).reshape(-1)[np.asarray(r.order_R)]
     assert (np.diff(flat) >= 0).all()
 
@@ -66,10 +68,14 @@ def test_megatron_routes_alike():
 
 def test_the_bias_steers_selection_but_has_no_gradient_and_no_part_in_the_gates():
     logits, bias, kwargs = draw(ROUTING["tiny"])
-    assert (np.asarray(jax.grad(lambda b: op.route(logits, b, **kwargs).gate_MA.sum())(bias)) == 0).all()
+    assert (
+        np.asarray(jax.grad(lambda b: op.route(logits, b, **kwargs).gate_MA.sum())(bias)) == 0
+    ).all()
     plain, steered = op.route(logits, 0 * bias, **kwargs), op.route(logits, bias, **kwargs)
     assert (np.asarray(plain.expert_MA) != np.asarray(steered.expert_MA)).any()
-    score = np.take_along_axis(np.asarray(jax.nn.sigmoid(logits)), np.asarray(steered.expert_MA), axis=1)
+    score = np.take_along_axis(
+        np.asarray(jax.nn.sigmoid(logits)), np.asarray(steered.expert_MA), axis=1
+    )
     np.testing.assert_allclose(steered.gate_MA, score / score.sum(axis=1, keepdims=True), atol=1e-6)
 
 
@@ -94,5 +100,7 @@ def test_hand_written_backward_passes_equal_those_of_plain_indexing():
         y = (x[r.order_R // A] ** 2) * gate.reshape(-1)[r.order_R][:, None]
         return jnp.sin(jnp.zeros((M, 5)).at[r.order_R // A].add(y)).sum()
 
-    for a, b in zip(jax.grad(ours, (0, 1))(x, r.gate_MA), jax.grad(plain, (0, 1))(x, r.gate_MA), strict=True):
+    for a, b in zip(
+        jax.grad(ours, (0, 1))(x, r.gate_MA), jax.grad(plain, (0, 1))(x, r.gate_MA), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=2e-6)

@@ -34,7 +34,9 @@ def golden(name):
 @functools.cache
 def trunk(name):
     cfg, params, io = golden(name)
-    return jax.jit(functools.partial(transformer.forward, cfg=cfg))(params, jnp.asarray(io["input_ids"]))
+    return jax.jit(functools.partial(transformer.forward, cfg=cfg))(
+        params, jnp.asarray(io["input_ids"])
+    )
 
 
 both = pytest.mark.parametrize("name", ["a", "b"])
@@ -44,7 +46,9 @@ both = pytest.mark.parametrize("name", ["a", "b"])
 def test_logits_and_final_hidden_states(name):
     cfg, params, io = golden(name)
     np.testing.assert_allclose(trunk(name).hidden_BTD, io["h_final_norm"], **CLOSE)
-    np.testing.assert_allclose(transformer.logits(params, trunk(name), cfg=cfg), io["logits"], **CLOSE)
+    np.testing.assert_allclose(
+        transformer.logits(params, trunk(name), cfg=cfg), io["logits"], **CLOSE
+    )
 
 
 @both
@@ -92,8 +96,12 @@ def test_router_chooses_the_same_experts_with_the_same_gates(name):
         by_id = np.argsort(np.asarray(r.expert_MA), axis=1)
         experts = np.take_along_axis(np.asarray(r.expert_MA), by_id, axis=1)
         gates = np.take_along_axis(np.asarray(r.gate_MA), by_id, axis=1)
-        np.testing.assert_array_equal(experts, io[f"router_topk_idx_{layer}"].reshape(experts.shape))
-        np.testing.assert_allclose(gates, io[f"router_topk_weight_{layer}"].reshape(gates.shape), **CLOSE)
+        np.testing.assert_array_equal(
+            experts, io[f"router_topk_idx_{layer}"].reshape(experts.shape)
+        )
+        np.testing.assert_allclose(
+            gates, io[f"router_topk_weight_{layer}"].reshape(gates.shape), **CLOSE
+        )
         np.testing.assert_array_equal(trunk(name).load_LE[i], io[f"expert_load_{layer}"])
         np.testing.assert_allclose(trunk(name).balance_LB[i], io[f"seq_balance_{layer}"], rtol=1e-6)
 
@@ -112,7 +120,9 @@ def test_multi_token_prediction(name):
     cfg, params, io = golden(name)
     hidden = mtp.forward(params, trunk(name).hidden_BTD, jnp.asarray(io["input_ids"]), cfg=cfg)
     np.testing.assert_allclose(hidden, io["mtp_hidden"], **CLOSE)
-    np.testing.assert_allclose(transformer.logits(params, hidden, cfg=cfg), io["mtp_logits"], **CLOSE)
+    np.testing.assert_allclose(
+        transformer.logits(params, hidden, cfg=cfg), io["mtp_logits"], **CLOSE
+    )
 
 
 def test_swapping_the_halves_of_the_mtp_projection_fails():
@@ -179,7 +189,9 @@ def test_losses_and_gradients(name):
             ours = np.asarray(leaves[entry.leaf][entry.index])
             turned = theirs.T if theirs.ndim == 2 and entry.leaf != "embed_VD" else theirs
             # 5e-7 absolute was seen between float32 and float64 runs of the reference itself.
-            np.testing.assert_allclose(ours, turned.reshape(ours.shape), atol=2e-6, rtol=2e-5, err_msg=key)
+            np.testing.assert_allclose(
+                ours, turned.reshape(ours.shape), atol=2e-6, rtol=2e-5, err_msg=key
+            )
 
 
 def test_every_tensor_of_the_files_has_its_place_and_every_weight_its_tensor():
@@ -198,7 +210,10 @@ def test_every_tensor_of_the_files_has_its_place_and_every_weight_its_tensor():
 def test_a_layer_in_a_stack_is_the_layer_alone():
     cfg, params, io = golden("a")
     tokens = jnp.asarray(io["input_ids"])
-    x, flow = transformer.embed(params, tokens, cfg), transformer.make_flow(cfg, tokens.shape, None, None)
+    x, flow = (
+        transformer.embed(params, tokens, cfg),
+        transformer.make_flow(cfg, tokens.shape, None, None),
+    )
     stacked, _ = stack(params.moe, x, flow, cfg=cfg)
     for i in range(cfg.n_moe):
         x, _ = block(jax.tree.map(lambda w, i=i: w[i], params.moe), x, flow, cfg=cfg)

@@ -54,12 +54,16 @@ def test_a_packed_row_is_its_documents_apart(tiny):
     ids = tokens(1)
     segments, positions, documents = packed_row(ids)
     whole = forward(cfg)(params, ids, segments_BT=segments, positions_BT=positions)
-    ahead = mtp.forward(params, whole.hidden_BTD, ids, cfg=cfg, positions_BT=positions, segments_BT=segments)
+    ahead = mtp.forward(
+        params, whole.hidden_BTD, ids, cfg=cfg, positions_BT=positions, segments_BT=segments
+    )
     start, load, balance = 0, 0, 0
     for document in documents:
         alone = transformer.forward(params, document, cfg=cfg)
         n = document.shape[1]
-        np.testing.assert_allclose(whole.hidden_BTD[:, start : start + n], alone.hidden_BTD, atol=1e-5)
+        np.testing.assert_allclose(
+            whole.hidden_BTD[:, start : start + n], alone.hidden_BTD, atol=1e-5
+        )
         guess = mtp.forward(params, alone.hidden_BTD, document, cfg=cfg)
         np.testing.assert_allclose(ahead[:, start : start + n - 1], guess, atol=1e-5)
         start, load, balance = start + n, load + alone.load_LE, balance + alone.balance_LB
@@ -72,7 +76,9 @@ def test_positions_shift_freely_within_a_document(tiny):
     ids = tokens()
     at = jnp.tile(jnp.arange(T, dtype=jnp.int32)[None, :], (2, 1))
     here = forward(cfg)(params, ids).hidden_BTD
-    np.testing.assert_allclose(forward(cfg)(params, ids, positions_BT=at + 100).hidden_BTD, here, atol=2e-5)
+    np.testing.assert_allclose(
+        forward(cfg)(params, ids, positions_BT=at + 100).hidden_BTD, here, atol=2e-5
+    )
 
 
 def test_rows_of_a_batch_do_not_see_each_other(tiny):
@@ -148,13 +154,17 @@ def test_remat_changes_neither_output_nor_gradient(tiny, remat):
     (again, same_load), regrads = loss(dataclasses.replace(cfg, remat=remat))
     np.testing.assert_allclose(again, plain, rtol=1e-6)
     np.testing.assert_array_equal(same_load, load)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), regrads, grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), regrads, grads
+    )
 
 
 def test_the_router_bias_has_no_gradient(tiny):
     cfg, params = tiny
     ids = tokens()
-    grads = jax.jit(jax.grad(lambda p: (transformer.forward(p, ids, cfg=cfg).hidden_BTD ** 2).sum()))(params)
+    grads = jax.jit(
+        jax.grad(lambda p: (transformer.forward(p, ids, cfg=cfg).hidden_BTD ** 2).sum())
+    )(params)
     assert (np.asarray(grads.moe.ffn.bias_E) == 0).all()
     assert (np.asarray(grads.moe.ffn.router_DE) != 0).any()
 

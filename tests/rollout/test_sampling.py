@@ -23,7 +23,9 @@ def test_greedy_continuations_are_the_argmax_of_the_forward_pass_whatever_the_ot
     out = generate(params, prompts, cfg=cfg, max_tokens=4, key=jax.random.key(0))
     for prompt, continuation in zip(prompts, out, strict=True):
         tokens = jnp.asarray([prompt + continuation])
-        logits = transformer.logits(params, transformer.forward(params, tokens, cfg=cfg), cfg=cfg)[0]
+        logits = transformer.logits(params, transformer.forward(params, tokens, cfg=cfg), cfg=cfg)[
+            0
+        ]
         best = np.asarray(logits.argmax(axis=-1))[len(prompt) - 1 : -1]
         assert continuation == best.tolist()
 
@@ -31,7 +33,9 @@ def test_greedy_continuations_are_the_argmax_of_the_forward_pass_whatever_the_ot
 def test_a_stop_id_ends_a_row_and_is_kept(tiny):
     cfg, params = tiny
     free = generate(params, [[5, 6, 7]], cfg=cfg, max_tokens=4, key=jax.random.key(0))[0]
-    cut = generate(params, [[5, 6, 7]], cfg=cfg, max_tokens=4, stop=(free[1],), key=jax.random.key(0))[0]
+    cut = generate(
+        params, [[5, 6, 7]], cfg=cfg, max_tokens=4, stop=(free[1],), key=jax.random.key(0)
+    )[0]
     assert cut == free[: free.index(free[1]) + 1]
 
 

@@ -15,7 +15,11 @@ from glm45_jax.train.parallel import Pmap, Recipe, make_trainer
 from glm45_jax.train.state import Train
 
 ROWS, T = 16, 24
-ONE, MESH, SPLIT = MeshShape(1, 1), MeshShape(data=2, fsdp=4), MeshShape(1, fsdp=2, expert=2, tensor=2)
+ONE, MESH, SPLIT = (
+    MeshShape(1, 1),
+    MeshShape(data=2, fsdp=4),
+    MeshShape(1, fsdp=2, expert=2, tensor=2),
+)
 
 
 def packed_batch(seed=0, rows=ROWS):

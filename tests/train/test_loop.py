@@ -33,7 +33,9 @@ def run(workdir, loader, run_trainer, *, hooks=(), steps=TRAIN_STEPS, source=Non
     train = _train(steps)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         found = resume(run_trainer, checkpoints)
-        state, start = (run_trainer.init(jax.random.key(0)), 0) if found is None else (found[0], found[2])
+        state, start = (
+            (run_trainer.init(jax.random.key(0)), 0) if found is None else (found[0], found[2])
+        )
         if found is not None:
             loader.check_state(found[1]["loader"])
         writer = Jsonl.open_resumed(workdir / "metrics.jsonl", start + 1)
@@ -81,7 +83,10 @@ def same_bits(a, b):
 
 
 def losses(workdir):
-    return [(r.step, r.scalars["loss"], r.scalars["grad_norm"]) for r in read_jsonl(workdir / "metrics.jsonl")]
+    return [
+        (r.step, r.scalars["loss"], r.scalars["grad_norm"])
+        for r in read_jsonl(workdir / "metrics.jsonl")
+    ]
 
 
 @pytest.mark.parametrize("where", [ONE, Pmap()], ids=["mesh of one", "pmap"])
@@ -101,15 +106,23 @@ def test_a_run_goes_on_under_pmap_after_a_mesh_and_back(tmp_path, loader):
     run(tmp_path / "mixed", loader, trainer(Pmap()), steps=4)
     mixed, _ = run(tmp_path / "mixed", loader, trainer(ONE), steps=6)
     whole, _ = run(tmp_path / "one", loader, trainer(ONE))
-    for ours, theirs in zip(jax.tree.leaves(mixed.params), jax.tree.leaves(whole.params), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=2e-4)  # Muon turns float32 rounding into directions
+    for ours, theirs in zip(
+        jax.tree.leaves(mixed.params), jax.tree.leaves(whole.params), strict=True
+    ):
+        np.testing.assert_allclose(
+            ours, theirs, atol=2e-4
+        )  # Muon turns float32 rounding into directions
 
 
 def test_a_run_stops_before_the_step_that_is_not_finite_and_keeps_its_batch(tmp_path, loader):
     class Poisoned:
         def iterate(self, start=0):
             for step, batch in enumerate(loader.iterate(start), start):
-                yield batch.replace(mask_BT=batch.mask_BT * np.float32(np.nan)) if step == 3 else batch
+                yield (
+                    batch.replace(mask_BT=batch.mask_BT * np.float32(np.nan))
+                    if step == 3
+                    else batch
+                )
 
         def state(self, step):
             return loader.state(step)

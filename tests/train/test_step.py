@@ -43,12 +43,16 @@ def test_devices_and_micro_batches_change_nothing(way):
         np.testing.assert_array_equal(out.load_LE, expected.load_LE)
         np.testing.assert_array_equal(out.bias_LE, expected.bias_LE)
         for name in expected.scalars:
-            np.testing.assert_allclose(out.scalars[name], expected.scalars[name], rtol=2e-5, err_msg=name)
+            np.testing.assert_allclose(
+                out.scalars[name], expected.scalars[name], rtol=2e-5, err_msg=name
+            )
     # The optimizer's sums are the gradients. The weights may differ by more: Adam divides an embedding row's tiny
     # gradient by its own size, so float32 rounding shows at 1% of a step of 3e-3.
     for ours, theirs in zip(jax.tree.leaves(state.opt), jax.tree.leaves(alone.opt), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(alone.params), strict=True
+    ):
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
     np.testing.assert_allclose(nll, alone_nll, rtol=1e-5)
     assert state.tokens_seen.tolist() == alone.tokens_seen.tolist() == [0, 2 * 16 * 24]
@@ -96,7 +100,8 @@ def test_what_padding_and_masked_targets_hold_does_not_matter():
     batch = packed_batch(rows=4)
     hole = batch.segments_BT == 0
     other = batch.replace(
-        tokens_BT=np.where(hole, 7, batch.tokens_BT), targets_BT=np.where(batch.mask_BT > 0, batch.targets_BT, 9)
+        tokens_BT=np.where(hole, 7, batch.tokens_BT),
+        targets_BT=np.where(batch.mask_BT > 0, batch.targets_BT, 9),
     )
     grads, out = gradient_of(True)(params, batch)
     same_grads, same = gradient_of(True)(params, other)
@@ -124,19 +129,25 @@ def test_the_bias_moves_once_toward_the_experts_that_took_less_than_the_mean():
 
 def test_the_load_that_moves_the_bias_is_the_biased_one():
     cfg, params = initial()
-    bias = jnp.zeros((2, 8)).at[:, 3].set(10.0)  # the router must now choose expert 3 for every token
+    bias = (
+        jnp.zeros((2, 8)).at[:, 3].set(10.0)
+    )  # the router must now choose expert 3 for every token
     ffn = params.moe.ffn.replace(bias_E=bias)
     steered = params.replace(moe=params.moe.replace(ffn=ffn))
     batch = packed_batch(rows=4)
     _, out = gradient_of(True)(steered, batch)
     np.testing.assert_array_equal(out.load_LE[:2, 3], (batch.segments_BT > 0).sum())
-    np.testing.assert_array_equal(out.load_LE.sum(axis=1)[:2], cfg.moe.top_k * (batch.segments_BT > 0).sum())
+    np.testing.assert_array_equal(
+        out.load_LE.sum(axis=1)[:2], cfg.moe.top_k * (batch.segments_BT > 0).sum()
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
     run = trainer(ONE)
     state = run.init(jax.random.key(0))
-    poisoned = state.replace(params=state.params.replace(norm_D=state.params.norm_D.at[0].set(jnp.nan)))
+    poisoned = state.replace(
+        params=state.params.replace(norm_D=state.params.norm_D.at[0].set(jnp.nan))
+    )
     before = jax.device_get(poisoned)
     after, out = run.step(poisoned, packed_batch())
     assert not bool(out.ok)

@@ -1,6 +1,8 @@
-"""Pretraining on 4,096-token rows: `tiny` (a CPU, a minute), `mini` (one accelerator), `glm45_air`, `glm45` (clusters).
+"""Pretraining on 4,096-token rows: `tiny` (a CPU, a minute), `mini` (one accelerator), `glm45_air`,
+`glm45` (clusters).
 
-Numbers of the large ones are the paper's (spec 5.2). Mid-training's stages follow in `experiments/midtrain.py`.
+Numbers of the large ones are the paper's (spec 5.2). Mid-training's stages follow in
+`experiments/midtrain.py`.
 """
 
 import dataclasses
@@ -49,7 +51,9 @@ def tiny() -> Experiment:
 
 
 def mini() -> Experiment:
-    """A 100M-class model on the installed Python sources and documents: half an hour on one H100."""
+    """A 100M-class model on the installed Python sources and documents: half an hour on one
+    H100.
+    """
     steps, rows, seq_len = 2000, 32, 2048
     tokens = float(steps * rows * seq_len)
     sources = (

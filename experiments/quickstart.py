@@ -1,4 +1,6 @@
-"""`make quickstart`: a tiny GLM-4.5 learns English and Python from what is installed, on a CPU, in minutes."""
+"""`make quickstart`: a tiny GLM-4.5 learns English and Python from what is installed, on a CPU, in
+minutes.
+"""
 
 from glm45_jax.data.pack import Cut
 from glm45_jax.data.prepare import Data
@@ -20,7 +22,9 @@ PROMPTS = (
 
 
 def quickstart() -> Experiment:
-    """1.9M parameters with every part of GLM-4.5: MoE, shared expert, router bias, QK-norm, GQA, MTP, Muon."""
+    """1.9M parameters with every part of GLM-4.5: MoE, shared expert, router bias, QK-norm, GQA,
+    MTP, Muon.
+    """
     tokens = float(SEQ_LEN * ROWS * STEPS)
     return Experiment(
         name="quickstart",

@@ -1,7 +1,7 @@
 """The one value that describes a run, and what running it means. The type to know is `Experiment`.
 
-`run_training` is the run of pretraining, mid-training and SFT: it opens data, checkpoints and writers, wires the hooks, and
-hands all of it to `train.loop`.
+`run_training` is the run of pretraining, mid-training and SFT: it opens data, checkpoints and
+writers, wires the hooks, and hands all of it to `train.loop`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class Scratch:
 
 @dataclasses.dataclass(frozen=True)
 class FromRun:
-    """Start from the weights of another run's newest checkpoint; optimizer, step and data start anew."""
+    """Start from the weights of another run's newest checkpoint; optimizer, step and data start
+    anew.
+    """
 
     workdir: str
 
@@ -71,7 +73,9 @@ class FromHF:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the report shows beside the curves: continuations of prompts, and n-gram models fitted on the training tokens."""
+    """What the report shows beside the curves: continuations of prompts, and n-gram models fitted
+    on the training tokens.
+    """
 
     prompts: tuple[str, ...] = ()
     max_tokens: int = 64
@@ -83,7 +87,8 @@ class Report:
 class Experiment:
     """A whole run as a value. `run(experiment, workdir)` returns how it ended.
 
-    mesh: `MeshShape` for jit on a mesh, `Pmap` for pmap on this host. rl and evals belong to later loops.
+    mesh: `MeshShape` for jit on a mesh, `Pmap` for pmap on this host. rl and evals belong to later
+    loops.
     """
 
     name: str
@@ -106,8 +111,8 @@ class Experiment:
         spare = self.model.vocab - self.data.vocab
         if not 0 <= spare <= MAX_PADDING_ROWS:
             raise ValueError(
-                f"the tokenizer has {self.data.vocab} ids, the model {self.model.vocab} rows; make model.vocab equal to "
-                f"data.vocab, or up to {MAX_PADDING_ROWS} larger"
+                f"the tokenizer has {self.data.vocab} ids, the model {self.model.vocab} rows; "
+                f"make model.vocab equal to data.vocab, or up to {MAX_PADDING_ROWS} larger"
             )
         for _, rows in self.batch_sizes():
             self.train.accum(rows)
@@ -195,8 +200,8 @@ def _claim(exp: Experiment, workdir: pathlib.Path) -> None:
         ]
         if differ:
             raise ValueError(
-                f"{workdir} holds another experiment ({'; '.join(differ[:5])}); nothing was touched; "
-                "give another --workdir, or the old values"
+                f"{workdir} holds another experiment ({'; '.join(differ[:5])}); "
+                "nothing was touched; give another --workdir, or the old values"
             )
         return
     if workdir.exists() and (workdir / "checkpoints").exists():
@@ -209,7 +214,9 @@ def _claim(exp: Experiment, workdir: pathlib.Path) -> None:
 
 
 def _packed(data: Data) -> bool:
-    """False where every row is one document to the model: joined and cut, without a document mask."""
+    """False where every row is one document to the model: joined and cut, without a document
+    mask.
+    """
     return getattr(data.packing, "document_mask", True)
 
 
@@ -283,7 +290,9 @@ def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
 
 
 def _validate(ready: _Ready) -> Validate:
-    """Fixed rows of the validation split, the same on every run; also after step 10, where the report starts counting."""
+    """Fixed rows of the validation split, the same on every run; also after step 10, where the
+    report starts counting.
+    """
     exp = ready.exp
     first = Validate([], exp.train.validate_every, at=(min(10, exp.train.steps), exp.train.steps))
     return dataclasses.replace(first, batches=[_validation_batch(ready)])
@@ -308,14 +317,16 @@ def _write_report(
 ) -> pathlib.Path:
     exp = ready.exp
     counts = cost.param_counts(exp.model)
+    active = counts.active_body_and_head
+    train_tokens = sum(s.manifest.n_tokens for s in ready.prepared.train.values())
     facts = {
         "experiment": exp.name,
         "ended": f"{outcome.why}, at step {outcome.step} of {exp.train.steps}",
         "device": f"{ready.trainer.n_devices} x {jax.devices()[0].device_kind}",
-        "parameters": f"{counts.total_stored:,} stored, {counts.active_body_and_head:,} active a token",
+        "parameters": f"{counts.total_stored:,} stored, {active:,} active a token",
         "tokens": f"{outcome.tokens:,} in this session",
-        "time": f"{outcome.seconds:.0f} s training, {seconds:.0f} s with data, compilation and this report's models",
-        "training tokens": f"{sum(s.manifest.n_tokens for s in ready.prepared.train.values()):,} (vocabulary {exp.data.vocab})",
+        "time": f"{outcome.seconds:.0f} s training and compiling, {seconds:.0f} s with data",
+        "training tokens": f"{train_tokens:,} there (vocabulary {exp.data.vocab:,})",
     }
     baselines = (
         ngram_losses(ready.prepared, _validation_batch(ready), exp.data.vocab)
@@ -332,7 +343,9 @@ def _write_report(
 
 
 def ngram_losses(prepared: Prepared, batch: Any, vocab: int) -> dict[str, float]:
-    """Nats a token of a unigram and a Kneser-Ney bigram model fitted on all training tokens, on the validation targets."""
+    """Nats a token of a unigram and a Kneser-Ney bigram model fitted on all training tokens, on the
+    validation targets.
+    """
     train = np.concatenate(
         [store.read(0, store.manifest.n_tokens) for store in prepared.train.values()]
     )
@@ -358,85 +371,3 @@ def _samples(ready: _Ready, state: TrainState) -> list[tuple[str, str]]:
     return [
         (prompt, tokenizer.decode(out)) for prompt, out in zip(exp.report.prompts, ids, strict=True)
     ]
-
-
-def dry_run(exp: Experiment) -> str:
-    """What the run would be, as a table: parameters, FLOPs, memory a device by term, schedule. Allocates nothing."""
-    _check_rows(exp)
-    counts = cost.param_counts(exp.model)
-    flops = cost.flops_per_token(exp.model, exp.data.seq_len)
-    ramp = exp.train.ramp(exp.data.seq_len)
-    tokens = ramp.tokens_at(exp.train.steps)
-    lines = [
-        f"experiment   {exp.name}",
-        f"parameters   {_short(counts.body_and_mtp)} body + MTP, {_short(counts.total_stored)} stored, "
-        f"active {_short(counts.active_body)} body, {_short(counts.active_body_and_head)} with the head",
-        f"run          {exp.train.steps:,} steps, {_short(tokens)} tokens in rows of {exp.data.seq_len:,}, "
-        f"batch {ramp.rows_at(0):,} to {ramp.rows_at(exp.train.steps - 1):,} rows",
-        f"FLOPs        {_short(flops.total)} FLOPs a token (forward + backward), {flops.total * tokens:.3g} in all",
-        f"devices      {exp.devices():,} as {exp.mesh}",
-        "memory a device, GiB (E: estimate)",
-    ]
-    rows = max(rows for _, rows in exp.batch_sizes())
-    lines += [f"  {term:<24}{size / 2**30:10.3f}" for term, size in _memory(exp, rows).items()]
-    lines.append(f"  {'tokens seen':<14}{'lr':<12}{'MTP weight':<12}{'bias rate':<12}")
-    for share in (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 1.0):
-        at = share * tokens
-        row = (exp.optim.lr_at(at), exp.train.mtp_weight(at), exp.train.bias_rate(at))
-        lines.append(f"  {_short(at):<14}" + "".join(f"{float(x):<12.4g}" for x in row))
-    return "\n".join(lines)
-
-
-def _short(n: float) -> str:
-    """Two decimals and a unit: 355.23B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(n) >= size:
-            return f"{n / size:.2f}{unit}"
-    return f"{n:.0f}"
-
-
-def _check_rows(exp: Experiment) -> None:
-    """Raises ValueError where a batch does not divide over the mesh, without needing its devices."""
-    ways = exp.devices()
-    if isinstance(exp.mesh, MeshShape):
-        sizes = dict(
-            zip(
-                ("data", "fsdp", "expert", "context", "tensor"), exp.mesh.resolve(ways), strict=True
-            )
-        )
-        ways = int(np.prod([sizes[axis] for axis in exp.rules.batch]))
-    for first, rows in exp.batch_sizes():
-        if rows % ways:
-            raise ValueError(
-                f"batch of {rows} rows (from step {first}) is not a multiple of {ways} devices on {exp.rules.batch}; "
-                f"use {max(ways, rows // ways * ways)} rows or change mesh"
-            )
-
-
-def _memory(exp: Experiment, rows: int) -> dict[str, float]:
-    micro = rows // exp.train.accum(rows)
-    if isinstance(exp.mesh, Pmap):
-        sizes = (exp.devices(), 1, 1, 1, 1)
-    else:
-        sizes = exp.mesh.resolve(exp.devices())
-    return cost.memory_per_device(
-        exp.model,
-        optim=exp.optim,
-        mesh_sizes=sizes,
-        rules=exp.rules,
-        rows=micro,
-        seq_len=exp.data.seq_len,
-        accumulate=micro < rows,
-    )
-
-
-__all__ = [
-    "BadInput",
-    "Experiment",
-    "FromHF",
-    "FromRun",
-    "Report",
-    "Scratch",
-    "dry_run",
-    "run_training",
-]

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints of the GLM-4.5 family in and out, by one name table (spec 3.1).
 
-`table(cfg)` is the whole mapping: every tensor of a released folder, the leaf it belongs to, and how it lies there.
+`table(cfg)` is the whole mapping: every tensor of a released folder, the leaf it belongs to, and
+how it lies there.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ EOS = (151_329, 151_336, 151_338)  # spec 1.1; also the stop ids of rollouts
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor: its name in the files, the leaf of `Params` that holds it, and where in that leaf.
+    """One tensor: its name in the files, the leaf of `Params` that holds it, and where in that
+    leaf.
 
-    index: leading indices into the leaf (layer, expert). copy: written for the released layout, not read.
+    index: leading indices into the leaf (layer, expert). copy: written for the released layout, not
+    read.
     """
 
     name: str
@@ -47,15 +50,15 @@ def table(cfg: ModelConfig) -> list[Entry]:
         at = layer if dense else layer - cfg.n_dense
         entries += _layer(cfg, f"model.layers.{layer}", "dense" if dense else "moe", at, dense)
     if cfg.n_mtp:
-        at = f"model.layers.{cfg.n_layers}"
+        name = f"model.layers.{cfg.n_layers}"
         entries += [
-            Entry(f"{at}.enorm.weight", "mtp.norm_embed_D", (0,)),
-            Entry(f"{at}.hnorm.weight", "mtp.norm_hidden_D", (0,)),
-            Entry(f"{at}.eh_proj.weight", "mtp.join_2DD", (0,)),
-            Entry(f"{at}.shared_head.norm.weight", "mtp.norm_D", (0,)),
-            Entry(f"{at}.embed_tokens.weight", "embed_VD", copy=True),
-            Entry(f"{at}.shared_head.head.weight", "head_DV", copy=True),
-            *_layer(cfg, at, "mtp.block", 0, dense=False),
+            Entry(f"{name}.enorm.weight", "mtp.norm_embed_D", (0,)),
+            Entry(f"{name}.hnorm.weight", "mtp.norm_hidden_D", (0,)),
+            Entry(f"{name}.eh_proj.weight", "mtp.join_2DD", (0,)),
+            Entry(f"{name}.shared_head.norm.weight", "mtp.norm_D", (0,)),
+            Entry(f"{name}.embed_tokens.weight", "embed_VD", copy=True),
+            Entry(f"{name}.shared_head.head.weight", "head_DV", copy=True),
+            *_layer(cfg, name, "mtp.block", 0, dense=False),
         ]
     return entries
 
@@ -101,7 +104,8 @@ def _layer(cfg: ModelConfig, name: str, leaf: str, at: int, dense: bool) -> Iter
 
 
 def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Any = None, rules: Any = None):
-    """(ModelConfig, Params) of a released-style folder. dtype: of the weights; default as stored, router bias float32.
+    """(ModelConfig, Params) of a released-style folder. dtype: of the weights; default as stored,
+    router bias float32.
 
     Reads every tensor to the host once; with a mesh the leaves are laid out by `rules`.
 

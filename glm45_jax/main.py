@@ -1,4 +1,5 @@
-"""Runs an experiment: `python -m glm45_jax.main module:function --workdir W [--set path=value] [--dry-run]`.
+"""Runs an experiment: `python -m glm45_jax.main module:function --workdir W [--set path=value]
+[--dry-run]`.
 
 Four flags, and a test that keeps it so: everything else is a Python value in an experiment file.
 """
@@ -45,17 +46,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input, 3 a step was not finite, 143 stopped by a signal with a checkpoint saved."""
+    """Exit code: 0 done, 2 bad input, 3 a step was not finite, 143 stopped by a signal with a
+    checkpoint saved.
+    """
     args = parser().parse_args(argv)
     _use_compile_cache()
-    from glm45_jax import metrics, values
-    from glm45_jax.experiment import BadInput, dry_run
+    from glm45_jax import metrics, plan, values
+    from glm45_jax.experiment import BadInput
 
     metrics.setup_logging()
     try:
         experiment = values.override(find(args.experiment)(), args.set)
         if args.dry_run:
-            sys.stdout.write(dry_run(experiment) + "\n")
+            sys.stdout.write(plan.table(experiment) + "\n")
             return 0
         if args.workdir is None:
             raise ValueError(
@@ -99,7 +102,8 @@ def find(name: str):
     if function_name not in functions:
         near = difflib.get_close_matches(function_name, functions, 3, 0.3)
         raise ValueError(
-            f"{module_name} has no function {function_name!r}; did you mean {near}? It has {functions}"
+            f"{module_name} has no function {function_name!r}; did you mean {near}? "
+            f"It has {functions}"
         )
     return getattr(module, function_name)
 

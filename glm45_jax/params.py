@@ -1,7 +1,7 @@
 """One plan of every weight: shapes, logical axes, kinds. Init, counts, labels are maps over it.
 
-The type to know is `ParamSpec`. A model is a pytree whose leaves are `ParamSpec`s; the weights are a pytree of the
-same structure. Nothing else in the library declares a weight.
+The type to know is `ParamSpec`. A model is a pytree whose leaves are `ParamSpec`s; the weights are
+a pytree of the same structure. Nothing else in the library declares a weight.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class ParamSpec:
     """What one weight is.
 
     shape: global shape. axes: one logical axis name (or None) a dimension, see `sharding.Rules`.
-    kind: "matrix" goes to Muon; "embed", "norm", "bias" do not (spec 2.7); "state" moves by rule, never by gradient.
-    fan_in: product of the input dimensions of a matrix, so that [L, D, N, H] reads as D x (N*H); None takes the last
-    two dimensions as they are. init: standard deviation of a normal, or "ones" / "zeros".
+    kind: "matrix" goes to Muon; "embed", "norm", "bias" do not (spec 2.7); "state" moves by rule,
+    never by gradient. fan_in: product of the input dimensions of a matrix, so that [L, D, N, H]
+    reads as D x (N*H); None takes the last two dimensions as they are. init: standard deviation of
+    a normal, or "ones" / "zeros".
     """
 
     shape: tuple[int, ...]
@@ -98,7 +99,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def owners(specs: Any, tree: Any) -> Any:
-    """For each leaf of `tree` (optimizer memory, say) the `ParamSpec` whose path ends its path and whose shape it has.
+    """For each leaf of `tree` (optimizer memory, say) the `ParamSpec` whose path ends its path and
+    whose shape it has.
 
     None where there is none, as for a step count. `tree` may hold arrays or `ShapeDtypeStruct`s.
     """

@@ -1,8 +1,8 @@
 """Meshes and where arrays lie on them: logical axis names, `Rules`, constraints.
 
-Arrays are described by logical axes ("batch", "embed", "experts"...); a `Rules` value says which mesh axes each lies
-on. `use(mesh, rules)` sets both for the code traced inside; without it every function here is the identity, so model
-code runs unchanged on one device.
+Arrays are described by logical axes ("batch", "embed", "experts"...); a `Rules` value says which
+mesh axes each lies on. `use(mesh, rules)` sets both for the code traced inside; without it every
+function here is the identity, so model code runs unchanged on one device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MeshShape:
         sizes = dataclasses.astuple(self)
         if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
             raise ValueError(
-                f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are >= 1, at most one of them -1"
+                f"mesh {dict(zip(AXES, sizes, strict=True))}: sizes are >= 1, at most one is -1"
             )
 
     def resolve(self, n_devices: int) -> tuple[int, ...]:
@@ -53,7 +53,8 @@ class MeshShape:
         if known != n_devices:
             named = dict(zip(AXES, sizes, strict=True))
             raise ValueError(
-                f"mesh {named} needs a multiple of {known} devices, there are {n_devices}; set one to -1"
+                f"mesh {named} needs a multiple of {known} devices, there are {n_devices}; "
+                "set one to -1"
             )
         return sizes
 
@@ -77,7 +78,8 @@ class Rules:
     layers: tuple[str, ...] = ()
 
     def spec(self, axes: Axes) -> PartitionSpec:
-        """PartitionSpec of an array with these logical axes; a mesh axis is used once, by the first that asks.
+        """PartitionSpec of an array with these logical axes; a mesh axis is used once, by the first
+        that asks.
 
         Raises: ValueError for a logical axis that has no rule.
         """
@@ -101,7 +103,9 @@ _ambient: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Contex
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with all five axes over `devices` (default: every device of every host), axis types Auto."""
+    """Mesh with all five axes over `devices` (default: every device of every host), axis types
+    Auto.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = shape.resolve(len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -134,7 +138,9 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def shardings(specs: Any, mesh: Mesh, rules: Rules) -> Any:
-    """NamedSharding of every weight of a plan. A dimension that its mesh axes do not divide is replicated."""
+    """NamedSharding of every weight of a plan. A dimension that its mesh axes do not divide is
+    replicated.
+    """
 
     def one(spec: Any) -> NamedSharding:
         return NamedSharding(mesh, fitting(rules.spec(spec.axes), spec.shape, mesh.shape))
@@ -158,7 +164,9 @@ def check_batch(rows: int, mesh: Mesh, rules: Rules) -> None:
 
 
 def put(tree: Any, mesh: Mesh, rules: Rules, axes: Axes = ("batch", "seq")) -> Any:
-    """Host-local numpy arrays as global arrays: this host's rows are its slice of the global batch."""
+    """Host-local numpy arrays as global arrays: this host's rows are its slice of the global
+    batch.
+    """
     spec = rules.spec(axes)
 
     def one(x: np.ndarray) -> jax.Array:
@@ -169,7 +177,9 @@ def put(tree: Any, mesh: Mesh, rules: Rules, axes: Axes = ("batch", "seq")) -> A
 
 
 def fitting(spec: PartitionSpec, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
-    """The spec without the entries that do not divide their dimension. sizes: devices along each mesh axis."""
+    """The spec without the entries that do not divide their dimension. sizes: devices along each
+    mesh axis.
+    """
     parts = []
     for size, entry in zip(shape, spec, strict=True):
         parts.append(entry if size % ways(entry, sizes) == 0 else None)

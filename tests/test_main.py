@@ -1,4 +1,6 @@
-"""The door: four flags, a run from end to end, and one clear message and exit code 2 for everything that is wrong."""
+"""The door: four flags, a run from end to end, and one clear message and exit code 2 for everything
+that is wrong.
+"""
 
 import json
 import os
@@ -12,8 +14,8 @@ import jax
 import pytest
 
 from glm45_jax import main, values
-from glm45_jax.experiment import dry_run
 from glm45_jax.metrics import read_jsonl
+from glm45_jax.plan import table as dry_run
 from glm45_jax.sharding import MeshShape
 from glm45_jax.train.parallel import Pmap
 

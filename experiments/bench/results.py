@@ -1,4 +1,6 @@
-"""Where measured numbers go: experiments/bench/results/<device>.json, one key a benchmark, never edited by hand."""
+"""Where measured numbers go: experiments/bench/results/<device>.json, one key a benchmark, never
+edited by hand.
+"""
 
 import json
 import os
@@ -14,7 +16,9 @@ def cpu_name() -> str:
 
 
 def device_name() -> str:
-    """Name of the first device and their number, as a file name: nvidia-h100-80gb-hbm3-x1, cpu-2core."""
+    """Name of the first device and their number, as a file name: nvidia-h100-80gb-hbm3-x1,
+    cpu-2core.
+    """
     import jax
 
     device = jax.devices()[0]

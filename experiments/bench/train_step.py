@@ -1,15 +1,17 @@
-"""Tokens a second and MFU of the train step of `mini`, on whatever device is here, beside its peers in the same run.
+"""Tokens a second and MFU of the train step of `mini`, on whatever device is here, beside its peers
+in the same run.
 
-Peers: a dense matmul (the ceiling), the same step with AdamW, and, where torch sees a GPU, transformers' `Glm4Moe` of the
-same shape with fused AdamW (it has no MTP layer and no balance loss: it does less work a token, which is stated).
-Needs neither grain nor tokenizers: tokens are random, routing is that of random weights with the bias rule on.
+Peers: a dense matmul (the ceiling), the same step with AdamW, and, where torch sees a GPU,
+transformers' `Glm4Moe` of the same shape with fused AdamW (it has no MTP layer and no balance loss:
+it does less work a token, which is stated). Needs neither grain nor tokenizers: tokens are random,
+routing is that of random weights with the bias rule on.
 """
 
 import argparse
 import dataclasses
 import statistics
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ class Case:
     rows: int
     seq_len: int
     steps: int
-    dtype: str
+    dtype: Literal["bfloat16", "float32"]
 
 
 CASES = {
@@ -52,7 +54,7 @@ def random_batch(case: Case, vocab: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:], ones, places, ones.astype(np.float32))
 
 
-def time_steps(case: Case, optim: Muon | AdamW, cfg: config.ModelConfig) -> dict[str, float]:
+def time_steps(case: Case, optim: Muon | AdamW, cfg: config.ModelConfig) -> dict[str, Any]:
     """Median seconds of a step, after two that warm up, and what follows from it."""
     recipe = Recipe(
         cfg, optim, Train(steps=100, rows=case.rows, bias_rate=Constant(1e-3)), packed=False
@@ -98,7 +100,9 @@ def matmul_ceiling(dtype: str) -> float:
 
 
 def grouped_matmul_tflops(case: Case, cfg: config.ModelConfig) -> dict[str, float]:
-    """TFLOP/s, forward and backward, of each way to multiply the experts of one layer (even groups)."""
+    """TFLOP/s, forward and backward, of each way to multiply the experts of one layer (even
+    groups).
+    """
     rows, moe, D = case.rows * case.seq_len * cfg.moe.top_k, cfg.moe, cfg.d_model
     dtype = jnp.dtype(case.dtype)
     x = jax.random.normal(jax.random.key(0), (rows, D), dtype)
@@ -125,7 +129,9 @@ def grouped_matmul_tflops(case: Case, cfg: config.ModelConfig) -> dict[str, floa
 
 
 def torch_peer(case: Case, cfg: config.ModelConfig) -> dict[str, Any]:
-    """Transformers' Glm4Moe of this shape: forward, backward, fused AdamW, bf16 autocast off (weights bf16)."""
+    """Transformers' Glm4Moe of this shape: forward, backward, fused AdamW, bf16 autocast off
+    (weights bf16).
+    """
     try:
         import torch
         import transformers
@@ -214,7 +220,8 @@ def main() -> None:
         torch_peer(case, cfg) if peer else {"not measured": "--peer was not given"}
     )
     print(
-        f"peer     {value['transformers']}\nmatmul   {value['matmul_tflops']} TFLOP/s, grouped {value['grouped_matmul_tflops']}"
+        f"peer     {value['transformers']}\nmatmul   {value['matmul_tflops']} TFLOP/s, "
+        f"grouped {value['grouped_matmul_tflops']}"
     )
     print(f"wrote {merge_result(device_name(), 'train_step', value)}")
 

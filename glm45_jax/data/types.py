@@ -5,12 +5,12 @@ Letters: `B` rows of one host's batch, `T` tokens of a row.
 
 import flax.struct
 import jax
-import numpy as np
 
 # Defined beside the sources, which must not import jax; at home here for everybody else.
 from glm45_jax.data.sources import Doc as Doc
 
-Array = jax.Array | np.ndarray
+# numpy from the loader, jax in the step; one name, because nobody needs to tell them apart.
+Array = jax.Array
 
 
 @flax.struct.dataclass

@@ -1,1 +1,3 @@
-"""Operations with a reference and, where there is one, a fast twin. `dispatch.pick` chooses, loudly."""
+"""Operations with a reference and, where there is one, a fast twin. `dispatch.pick` chooses,
+loudly.
+"""

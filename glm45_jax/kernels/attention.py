@@ -26,10 +26,11 @@ def attention(
     positions_BS: jax.Array | None = None,
     impl: str = "auto",
 ) -> jax.Array:
-    """Attention output [B, T, N, H] in the dtype of q; scores scaled by H^-0.5; N a multiple of K, query head n reads n // G.
+    """Attention output [B, T, N, H] in the dtype of q; scores scaled by H^-0.5; N a multiple of K,
+    query head n reads n // G.
 
-    Without segments every key is of the same document; without positions query t and key s stand at t and s.
-    Differentiable in q, k, v. Source: spec 2.2.
+    Without segments every key is of the same document; without positions query t and key s stand at
+    t and s. Differentiable in q, k, v. Source: spec 2.2.
 
     Raises: ValueError where a named implementation cannot run on these arguments.
     """
@@ -83,7 +84,9 @@ def visible(
 
 
 def _cudnn(q_BTNH, k_BSKH, v_BSKH, **_):
-    """cuDNN trains on even lengths only; MTP's T - 1 is padded at the end, where causal queries do not look."""
+    """cuDNN trains on even lengths only; MTP's T - 1 is padded at the end, where causal queries do
+    not look.
+    """
     T = q_BTNH.shape[1]
     odd = ((0, 0), (0, T % 2), (0, 0), (0, 0))
     q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, odd) for x in (q_BTNH, k_BSKH, v_BSKH))
@@ -99,7 +102,7 @@ def _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cudnn takes 16-bit floats, not {q_BTNH.dtype}"
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
-        return f"cudnn is used where queries ({q_BTNH.shape[1]}) and keys ({k_BSKH.shape[1]}) are the same tokens"
+        return f"cudnn is used for whole rows, not {q_BTNH.shape[1]} queries of {k_BSKH.shape[1]}"
     if any(m is not None for m in masks.values()):
         return "cudnn is used for whole rows only; segments or positions were given"
     if q_BTNH.shape[-1] % 8 or q_BTNH.shape[-1] > 128:

@@ -1,7 +1,8 @@
-"""Cross-entropy from hidden states, over chunks of the vocabulary: all logits never exist at once. Letters: M D V.
+"""Cross-entropy from hidden states, over chunks of the vocabulary: all logits never exist at once.
+Letters: M D V.
 
-With 151,552 words and 8,192 tokens the logits would be 5 GB in float32; here a chunk of them lives at a time, in the
-forward and again in the backward pass.
+With 151,552 words and 8,192 tokens the logits would be 5 GB in float32; here a chunk of them lives
+at a time, in the forward and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def reference(h_MD: jax.Array, w_DV: jax.Array, target_M: jax.Array) -> jax.Arra
 def chunked(
     h_MD: jax.Array, w_DV: jax.Array, target_M: jax.Array, chunk: int | None = None
 ) -> jax.Array:
-    """`reference` over chunks of the vocabulary with an online log-sum-exp and a backward of its own."""
+    """`reference` over chunks of the vocabulary with an online log-sum-exp and a backward of its
+    own.
+    """
     return _chunked(min(chunk or chunk_words(h_MD.shape[0]), w_DV.shape[1]), h_MD, w_DV, target_M)
 
 
@@ -106,7 +109,9 @@ def _chunk_ids(w_DV: jax.Array, chunk: int) -> jax.Array:
 
 
 def _logits(h_MD, w_DV, i, chunk):
-    """Logits of chunk i, its words, and which of them no earlier chunk held: the last chunk is moved back to end at V."""
+    """Logits of chunk i, its words, and which of them no earlier chunk held: the last chunk is
+    moved back to end at V.
+    """
     V = w_DV.shape[1]
     first = jnp.minimum(i * chunk, V - chunk)
     word_C = first + jnp.arange(chunk, dtype=jnp.int32)

@@ -1,7 +1,8 @@
-"""Chooses an implementation of a kernel: by name, or "auto" by platform and shape; says once what it took and why.
+"""Chooses an implementation of a kernel: by name, or "auto" by platform and shape; says once what
+it took and why.
 
-Each op module has an ordered table `IMPLS` of `Implementation`s, fastest first. A kernel asked for by name that cannot
-run raises; "auto" takes the first that can.
+Each op module has an ordered table `IMPLS` of `Implementation`s, fastest first. A kernel asked for
+by name that cannot run raises; "auto" takes the first that can.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 class Implementation:
     """One way to compute an op.
 
-    supports: why it cannot run on these arguments, or None if it can. auto: platforms where "auto" may take it.
+    supports: why it cannot run on these arguments, or None if it can. auto: platforms where "auto"
+    may take it.
     """
 
     name: str
@@ -66,6 +68,6 @@ def pick(
     raise ValueError(f"{op}: nothing runs on {platform}: {'; '.join(reasons)}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _say_once(op: str, platform: str, name: str, reasons: tuple[str, ...]) -> None:
     log.info("%s on %s: %s%s", op, platform, name, f" ({'; '.join(reasons)})" if reasons else "")

@@ -15,10 +15,11 @@ from glm45_jax.kernels.dispatch import Implementation, anything, pick
 def grouped_matmul(
     x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array, *, impl: str = "auto"
 ) -> jax.Array:
-    """y[R, F] with row r times the matrix of its group: the first rows_E[0] rows meet w[0], and so on.
+    """y[R, F] with row r times the matrix of its group: the first rows_E[0] rows meet w[0], and so
+    on.
 
-    rows_E: int32, sums to R. Accumulates in float32, returns the dtype of x. Differentiable in x and w; the gradient of
-    w has w's dtype.
+    rows_E: int32, sums to R. Accumulates in float32, returns the dtype of x. Differentiable in x
+    and w; the gradient of w has w's dtype.
 
     Raises: ValueError where a named implementation cannot run on these arguments.
     """
@@ -26,7 +27,9 @@ def grouped_matmul(
 
 
 def reference(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> jax.Array:
-    """The definition: `lax.ragged_dot`. On GPU XLA expands it to a dense R x (E*D) product, see docs/log.md."""
+    """The definition: `lax.ragged_dot`. On GPU XLA expands it to a dense R x (E*D) product, see
+    docs/log.md.
+    """
     y_RF = jax.lax.ragged_dot(
         x_RD, w_EDF.astype(x_RD.dtype), rows_E, preferred_element_type=jnp.float32
     )
@@ -37,7 +40,8 @@ def reference(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> jax.Array
 class Blocks:
     """Groups padded to whole blocks of Q rows, so that each block meets one matrix.
 
-    expert_P: matrix of each block. row_PQ: row held by each slot, R for padding. slot_R: slot of each row.
+    expert_P: matrix of each block. row_PQ: row held by each slot, R for padding. slot_R: slot of
+    each row.
     """
 
     expert_P: jax.Array
@@ -67,12 +71,16 @@ def lay_out(rows_E: jax.Array, *, n_rows: int, block: int) -> Blocks:
 
 
 def block_rows(n_rows: int, experts: int) -> int:
-    """Rows of a block: about an eighth of a mean group, so padding costs some 6%; a multiple of 64 up to 1024."""
+    """Rows of a block: about an eighth of a mean group, so padding costs some 6%; a multiple of 64
+    up to 1024.
+    """
     return max(64, min(1024, n_rows // (8 * experts) // 64 * 64))
 
 
 def blocked(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> jax.Array:
-    """Groups padded to blocks, one batched product: dense matmuls on any backend, at the price of copied matrices."""
+    """Groups padded to blocks, one batched product: dense matmuls on any backend, at the price of
+    copied matrices.
+    """
     block = block_rows(x_RD.shape[0], w_EDF.shape[0])
     layout = lay_out(rows_E, n_rows=x_RD.shape[0], block=block)
     return _blocked(x_RD, w_EDF, layout)
@@ -97,7 +105,8 @@ def _blocked_bwd(saved, g_RF):
     dx_PQD = jnp.einsum("pqf,pdf->pqd", g_PQF, w_PDF, preferred_element_type=jnp.float32)
     dw_PDF = jnp.einsum("pqd,pqf->pdf", x_PQD, g_PQF, preferred_element_type=jnp.float32)
     owner_EP = jax.nn.one_hot(layout.expert_P, w_EDF.shape[0], axis=0, dtype=jnp.float32)
-    # A product with a one-hot matrix, not a scatter-add: a scatter of whole matrices is serial on CPU.
+    # A product with a one-hot matrix, not a scatter-add: a scatter of whole matrices is serial on
+    # CPU.
     dw_EDF = jnp.einsum("ep,pdf->edf", owner_EP, dw_PDF, precision=jax.lax.Precision.HIGHEST)
     return _to_rows(dx_PQD, layout).astype(x_RD.dtype), dw_EDF.astype(w_EDF.dtype), None
 
@@ -113,7 +122,8 @@ def _to_rows(x_PQD: jax.Array, layout: Blocks) -> jax.Array:
     return x_PQD.reshape(-1, x_PQD.shape[-1])[layout.slot_R]
 
 
-# On GPU `lax.ragged_dot` runs at 6 TFLOP/s of 704 (H100, jax 0.11.2, docs/log.md), on CPU at a fifth of the blocked form.
+# On GPU `lax.ragged_dot` runs at 6 TFLOP/s of 704 (H100, jax 0.11.2, docs/log.md), on CPU at a
+# fifth of the blocked form.
 IMPLS = (
     Implementation("blocked", blocked, anything, ("cpu", "gpu")),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),

@@ -1,4 +1,5 @@
-"""Sigmoid routing with a selection bias, and the order that groups rows by expert. Letters: M E A R.
+"""Sigmoid routing with a selection bias, and the order that groups rows by expert. Letters: M E A
+R.
 
 The type to know is `Routing`. All of it float32 (spec 2.3).
 """
@@ -16,8 +17,9 @@ from glm45_jax.kernels.dispatch import Implementation, anything, pick
 class Routing:
     """Where each token goes.
 
-    expert_MA: chosen experts, best biased score first, int32. gate_MA: their weights, float32. order_R: for each of the
-    R = M * A rows in expert order, its index m * A + a. rows_E: rows of each expert, int32, padding included.
+    expert_MA: chosen experts, best biased score first, int32. gate_MA: their weights, float32.
+    order_R: for each of the R = M * A rows in expert order, its index m * A + a. rows_E: rows of
+    each expert, int32, padding included.
     """
 
     expert_MA: jax.Array
@@ -39,7 +41,8 @@ def route(
 ) -> Routing:
     """The `top_k` experts of the largest sigmoid(logit) + bias, gated by the unbiased sigmoid.
 
-    Gradients flow to the logits through the gates alone; the bias has none. Source: spec 2.3 steps 2-7.
+    Gradients flow to the logits through the gates alone; the bias has none. Source: spec 2.3 steps
+    2-7.
     """
     kwargs = dict(
         top_k=top_k, groups=groups, top_groups=top_groups, norm_topk=norm_topk, scale=scale
@@ -61,7 +64,9 @@ def reference(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale)
 
 
 def keep_groups(choice_ME: jax.Array, *, groups: int, top_groups: int) -> jax.Array:
-    """Scores with -inf outside the `top_groups` groups whose two best experts sum highest (spec 2.3 step 3)."""
+    """Scores with -inf outside the `top_groups` groups whose two best experts sum highest (spec 2.3
+    step 3).
+    """
     if groups == 1:
         return choice_ME
     M, E = choice_ME.shape
@@ -82,7 +87,9 @@ def count_rows(expert_MA: jax.Array, experts: int, valid_M: jax.Array | None = N
 
 @jax.custom_vjp
 def permute(x_MD: jax.Array, order_R: jax.Array) -> jax.Array:
-    """Rows in expert order: x_RD[r] = x_MD[order_R[r] // A]. Its backward gathers and sums, it never scatters."""
+    """Rows in expert order: x_RD[r] = x_MD[order_R[r] // A]. Its backward gathers and sums, it
+    never scatters.
+    """
     return x_MD[order_R // (order_R.shape[0] // x_MD.shape[0])]
 
 
@@ -103,7 +110,9 @@ permute.defvjp(_permute_fwd, _permute_bwd)
 
 @jax.custom_vjp
 def combine(y_RD: jax.Array, gate_MA: jax.Array, order_R: jax.Array) -> jax.Array:
-    """Sum over a token's experts of gate times output, in float32: [M, D]. Inverse of `permute`, by gathers alone."""
+    """Sum over a token's experts of gate times output, in float32: [M, D]. Inverse of `permute`, by
+    gathers alone.
+    """
     return _combine_fwd(y_RD, gate_MA, order_R)[0]
 
 

@@ -1,4 +1,6 @@
-"""Named shapes of each op: one table for tests, benchmarks and tuning. `small` ones run in the CPU suite."""
+"""Named shapes of each op: one table for tests, benchmarks and tuning. `small` ones run in the CPU
+suite.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """B rows of T queries and keys, N query and K kv heads of width H; packed: several documents a row."""
+    """B rows of T queries and keys, N query and K kv heads of width H; packed: several documents a
+    row.
+    """
 
     B: int
     T: int
@@ -20,7 +24,9 @@ class AttentionShape:
 
 @dataclasses.dataclass(frozen=True)
 class GroupedShape:
-    """R rows of width D times one of E matrices D x F; skew: share of rows the busiest expert takes, 0 for even."""
+    """R rows of width D times one of E matrices D x F; skew: share of rows the busiest expert
+    takes, 0 for even.
+    """
 
     R: int
     D: int

@@ -1,6 +1,8 @@
-"""Grouped-query attention of GLM-4.5 (spec 2.2). The types to know are `Gqa` (numbers) and `GqaParams` (arrays).
+"""Grouped-query attention of GLM-4.5 (spec 2.2). The types to know are `Gqa` (numbers) and
+`GqaParams` (arrays).
 
-Arrays are named by the shape one layer sees; stacked, they have a leading L. Letters: B T D N K H L.
+Arrays are named by the shape one layer sees; stacked, they have a leading L. Letters: B T D N K H
+L.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class GqaParams:
 
 @dataclasses.dataclass(frozen=True)
 class Gqa:
-    """Grouped-query attention with partial half-split RoPE. `rotary` is the share of a head that rotates."""
+    """Grouped-query attention with partial half-split RoPE. `rotary` is the share of a head that
+    rotates.
+    """
 
     heads: int = 96
     kv_heads: int = 8
@@ -51,7 +55,8 @@ class Gqa:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.rotary_dim % 2:
             raise ValueError(
-                f"head_dim {self.head_dim} x rotary {self.rotary} is {self.rotary_dim}: odd, but RoPE turns pairs"
+                f"head_dim {self.head_dim} x rotary {self.rotary} is {self.rotary_dim}: odd, "
+                "but RoPE turns pairs"
             )
 
     @property
@@ -103,7 +108,9 @@ class Gqa:
         cache: LayerCache | None = None,
         slots: Slots | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attention output [B, T, D] and, when decoding, the layer's cache with the new keys and values in it."""
+        """Attention output [B, T, D] and, when decoding, the layer's cache with the new keys and
+        values in it.
+        """
         q_BTNH, k_BTKH, v_BTKH = self._project(p, x_BTD, turn, eps)
         if cache is None or slots is None:
             mixed_BTNH = attention(
@@ -137,6 +144,6 @@ class Gqa:
             q_BTNH = q_BTNH + cast(p.q_bias_NH)[None, None]
             k_BTKH = k_BTKH + cast(p.k_bias_KH)[None, None]
             v_BTKH = v_BTKH + cast(p.v_bias_KH)[None, None]
-        if p.q_norm_H is not None:  # over the head, before the rotation
+        if p.q_norm_H is not None and p.k_norm_H is not None:  # over the head, before the rotation
             q_BTNH, k_BTKH = rms_norm(q_BTNH, p.q_norm_H, eps), rms_norm(k_BTKH, p.k_norm_H, eps)
         return rotate(q_BTNH, turn), rotate(k_BTKH, turn), v_BTKH

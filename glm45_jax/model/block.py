@@ -1,4 +1,6 @@
-"""One decoder layer, and a stack of equal layers by `lax.scan` (spec 2.1). Types to know: `Block`, `Flow`, `BlockOut`."""
+"""One decoder layer, and a stack of equal layers by `lax.scan` (spec 2.1). Types to know: `Block`,
+`Flow`, `BlockOut`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from glm45_jax.model.cache import LayerCache, Slots
 from glm45_jax.model.config import ModelConfig
-from glm45_jax.model.moe import MlpParams, MoeParams, mlp_specs, swiglu
+from glm45_jax.model.moe import MlpParams, mlp_specs, swiglu
 from glm45_jax.model.norm import rms_norm
 from glm45_jax.params import ParamSpec
 from glm45_jax.sharding import constrain
@@ -31,12 +33,14 @@ class Block:
     norm_mixer_D: jax.Array
     mixer: Any
     norm_ffn_D: jax.Array
-    ffn: MlpParams | MoeParams
+    ffn: Any
 
 
 @struct.dataclass
 class Flow:
-    """What every layer of one forward pass shares: rotation, segments, positions, and cache slots when decoding."""
+    """What every layer of one forward pass shares: rotation, segments, positions, and cache slots
+    when decoding.
+    """
 
     turn: Any
     positions_BT: jax.Array | None
@@ -68,7 +72,9 @@ def block_specs(cfg: ModelConfig, layers: int, *, dense: bool) -> Block:
 def block(
     p: Block, x_BTD: jax.Array, flow: Flow, *, cfg: ModelConfig, cache: LayerCache | None = None
 ) -> tuple[jax.Array, BlockOut]:
-    """x + mixer(norm x), then + ffn(norm x). Returns the residual stream [B, T, D] and the layer's `BlockOut`."""
+    """x + mixer(norm x), then + ffn(norm x). Returns the residual stream [B, T, D] and the layer's
+    `BlockOut`.
+    """
     mixed_BTD, cache = cfg.mixer(
         p.mixer,
         rms_norm(x_BTD, p.norm_mixer_D, cfg.norm_eps),
@@ -106,7 +112,9 @@ def stack(
     cache: LayerCache | None = None,
     keep_logits: bool = True,
 ) -> tuple[jax.Array, BlockOut]:
-    """Layers one after another; `BlockOut` leaves gain a leading L. Router logits are dropped unless kept."""
+    """Layers one after another; `BlockOut` leaves gain a leading L. Router logits are dropped
+    unless kept.
+    """
 
     def one(x_BTD, layer):
         p, cache = layer

@@ -1,6 +1,7 @@
 """Paged cache of keys and values for decoding. Letters: L layers, P pages, S slots of a page, K H.
 
-A row's tokens lie in the pages its line of the table names, in order. Pages may be shared between rows that only read.
+A row's tokens lie in the pages its line of the table names, in order. Pages may be shared between
+rows that only read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from flax import struct
 class KVCache:
     """Keys and values of every layer.
 
-    k_LPSKH, v_LPSKH: pages, in the activations' dtype. table_BP: pages of each row, in order. length_B: tokens held.
+    k_LPSKH, v_LPSKH: pages, in the activations' dtype. table_BP: pages of each row, in order.
+    length_B: tokens held.
     """
 
     k_LPSKH: jax.Array
@@ -27,7 +29,9 @@ class KVCache:
         return LayerCache(self.k_LPSKH[start:stop], self.v_LPSKH[start:stop])
 
     def slots(self, tokens: int, valid_BT: jax.Array | None) -> Slots:
-        """Where the next `tokens` tokens of each row go; invalid ones (right padding) are not stored."""
+        """Where the next `tokens` tokens of each row go; invalid ones (right padding) are not
+        stored.
+        """
         n_pages, size = self.k_LPSKH.shape[1:3]
         step_1T = jnp.arange(tokens, dtype=jnp.int32)[None, :]
         positions_BT = self.length_B[:, None] + step_1T
@@ -46,7 +50,9 @@ class KVCache:
 
 @struct.dataclass
 class Slots:
-    """Where one step's tokens go: flat slots (out of range = not stored), their positions, and the positions of all keys."""
+    """Where one step's tokens go: flat slots (out of range = not stored), their positions, and the
+    positions of all keys.
+    """
 
     slot_BT: jax.Array
     positions_BT: jax.Array
@@ -76,7 +82,9 @@ class LayerCache:
         return LayerCache(put(self.k_PSKH, k_BTKH), put(self.v_PSKH, v_BTKH))
 
     def read(self, slots: Slots) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of each row in order, [B, S, K, H]; slots not yet filled hold anything."""
+        """Keys and values of each row in order, [B, S, K, H]; slots not yet filled hold
+        anything.
+        """
 
         def get(page_PSKH: jax.Array) -> jax.Array:
             k_BPSKH = page_PSKH[slots.table_BP]

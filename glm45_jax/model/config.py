@@ -1,6 +1,7 @@
 """Model sizes as frozen values: numbers only, no arrays. The type to know is `ModelConfig`.
 
-`glm45()`, `glm45_air()`, `glm46()`, `glm47()` are the released shapes (spec 1.1); `mini()` and `tiny()` keep their form.
+`glm45()`, `glm45_air()`, `glm46()`, `glm47()` are the released shapes (spec 1.1); `mini()` and
+`tiny()` keep their form.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal
 from glm45_jax.model.attention import Gqa
 from glm45_jax.model.moe import Moe
 
-__all__ = ["Gqa", "Impl", "Moe", "ModelConfig"]
+__all__ = ["Gqa", "Impl", "ModelConfig", "Moe"]
 
 Remat = Literal["none", "full", "dots", "outputs"]
 VOCAB = 151_552  # rows of the released embedding; ids from 151,365 on are padding (spec 1.4)
@@ -19,7 +20,9 @@ VOCAB = 151_552  # rows of the released embedding; ids from 151,365 on are paddi
 
 @dataclasses.dataclass(frozen=True)
 class Impl:
-    """Implementation of each kernel by name; "auto" picks by platform and shape and logs what it picked."""
+    """Implementation of each kernel by name; "auto" picks by platform and shape and logs what it
+    picked.
+    """
 
     attention: str = "auto"
     grouped_matmul: str = "auto"
@@ -31,9 +34,9 @@ class Impl:
 class ModelConfig:
     """One model. Hashable, so that it can be a static argument of `jit`.
 
-    d_mlp: width of the dense layers. n_dense dense layers come first, then n_moe (spec 2.1). dtype: activations and
-    matmuls; weights keep the dtype they are stored in. remat: what a block keeps for its backward pass, see
-    `block.POLICIES`.
+    d_mlp: width of the dense layers. n_dense dense layers come first, then n_moe (spec 2.1). dtype:
+    activations and matmuls; weights keep the dtype they are stored in. remat: what a block keeps
+    for its backward pass, see `block.POLICIES`.
     """
 
     vocab: int = VOCAB
@@ -94,7 +97,9 @@ def glm47() -> ModelConfig:
 
 
 def mini(vocab: int = 32768) -> ModelConfig:
-    """A 100M-class GLM-4.5 for one accelerator: 27M active of 104M in the body, every part of the family in it."""
+    """A 100M-class GLM-4.5 for one accelerator: 27M active of 104M in the body, every part of the
+    family in it.
+    """
     return ModelConfig(
         vocab=vocab,
         d_model=512,
@@ -108,7 +113,9 @@ def mini(vocab: int = 32768) -> ModelConfig:
 
 
 def tiny(vocab: int = 256) -> ModelConfig:
-    """The smallest model with every part of GLM-4.5; float32; what the tests and the quickstart share in form."""
+    """The smallest model with every part of GLM-4.5; float32; what the tests and the quickstart
+    share in form.
+    """
     return ModelConfig(
         vocab=vocab,
         d_model=64,

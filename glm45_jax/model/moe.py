@@ -1,6 +1,8 @@
-"""Feed-forward layers: SwiGLU and the mixture of experts (spec 2.1, 2.3). Types to know: `Moe`, `MoeParams`, `MoeOut`.
+"""Feed-forward layers: SwiGLU and the mixture of experts (spec 2.1, 2.3). Types to know: `Moe`,
+`MoeParams`, `MoeOut`.
 
-Arrays are named by the shape one layer sees; stacked, they have a leading L. Letters: B T M D F E A R L.
+Arrays are named by the shape one layer sees; stacked, they have a leading L. Letters: B T M D F E A
+R L.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class MlpParams:
 
 @struct.dataclass
 class MoeParams:
-    """Weights of one mixture. bias_E steers selection and moves by rule, not by gradient (spec 2.6)."""
+    """Weights of one mixture. bias_E steers selection and moves by rule, not by gradient (spec
+    2.6).
+    """
 
     router_DE: jax.Array
     bias_E: jax.Array
@@ -44,8 +48,9 @@ class MoeParams:
 class MoeOut:
     """What one mixture returns.
 
-    y_BTD: output. load_E: valid tokens each expert took, int32, over all devices of the mesh. balance_B: sum over a
-    row's documents of sum_e f_e P_e, float32 (spec 2.5, alpha = 1). logits_BTE: router logits, float32.
+    y_BTD: output. load_E: valid tokens each expert took, int32, over all devices of the mesh.
+    balance_B: sum over a row's documents of sum_e f_e P_e, float32 (spec 2.5, alpha = 1).
+    logits_BTE: router logits, float32.
     """
 
     y_BTD: jax.Array
@@ -96,7 +101,7 @@ class Moe:
         reachable = self.experts // self.groups * self.top_groups
         if not 1 <= self.top_k <= reachable:
             raise ValueError(
-                f"top_k {self.top_k} is not between 1 and the {reachable} experts that can be reached"
+                f"top_k {self.top_k} is not between 1 and the {reachable} experts in reach"
             )
         if self.groups > 1 and self.experts // self.groups < 2:
             raise ValueError(
@@ -129,8 +134,8 @@ class Moe:
     ) -> MoeOut:
         """Routed plus shared experts. Dropless: every token meets its top_k experts, padding too.
 
-        On a mesh the rows of the batch are routed where they lie: x[B/batch, T, D] -> y[B/batch, T, D], the experts'
-        weights gathered, the load summed over devices.
+        On a mesh the rows of the batch are routed where they lie: x[B/batch, T, D] -> y[B/batch, T,
+        D], the experts' weights gathered, the load summed over devices.
         """
         logits_BTE = jnp.einsum(
             "btd,de->bte",
@@ -175,10 +180,11 @@ class Moe:
 def balance(logits_BTE: jax.Array, segments_BT: jax.Array | None, *, top_k: int) -> jax.Array:
     """Sequence-wise balance term, alpha = 1, summed over each row's documents: float32 [B].
 
-    f counts the top_k of the *unbiased* scores and has no gradient; P is the mean of the normalised scores. Each document
-    of a packed row is a sequence of its own (docs/adr/0007). Source: spec 2.5.
+    f counts the top_k of the *unbiased* scores and has no gradient; P is the mean of the normalised
+    scores. Each document of a packed row is a sequence of its own (docs/adr/0007). Source: spec
+    2.5.
     """
-    B, T, E = logits_BTE.shape
+    _, T, E = logits_BTE.shape
     score_BTE = jax.nn.sigmoid(logits_BTE)
     share_BTE = score_BTE / score_BTE.sum(axis=-1, keepdims=True)
     _, chosen_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTE), top_k)

@@ -1,4 +1,6 @@
-"""Multi-token prediction: one more MoE layer that guesses token i + 2 (spec 2.4). Letters: B T D."""
+"""Multi-token prediction: one more MoE layer that guesses token i + 2 (spec 2.4). Letters: B T
+D.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ def forward(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """MTP hidden states [B, T - 1, D] after the shared head's norm; position i predicts token i + 2.
+    """MTP hidden states [B, T - 1, D] after the shared head's norm; position i predicts token i +
+    2.
 
-    hidden_BTD: the main model's, *after* its final norm. Position i reads hidden[i] and the embedding of token i + 1.
+    hidden_BTD: the main model's, *after* its final norm. Position i reads hidden[i] and the
+    embedding of token i + 1.
     """
     return forward_all(
         params, hidden_BTD, tokens_BT, cfg=cfg, positions_BT=positions_BT, segments_BT=segments_BT
@@ -41,7 +45,8 @@ def forward_all(
 ) -> Hidden:
     """`forward`, with the load and balance term of the layer's own router (L = 1).
 
-    Whether GLM balances this router is UNVERIFIED; its checkpoint has a bias for it, and Megatron balances it.
+    Whether GLM balances this router is UNVERIFIED; its checkpoint has a bias for it, and Megatron
+    balances it.
 
     Raises: ValueError for a model without the layer.
     """
@@ -67,6 +72,8 @@ def forward_all(
 
 
 def inner_segments(segments_BT: jax.Array) -> jax.Array:
-    """Segments of the T - 1 MTP positions; 0 where token i + 1 belongs to another document, so that it counts nowhere."""
+    """Segments of the T - 1 MTP positions; 0 where token i + 1 belongs to another document, so that
+    it counts nowhere.
+    """
     here_BT, next_BT = segments_BT[:, :-1], segments_BT[:, 1:]
     return jnp.where(here_BT == next_BT, here_BT, 0)

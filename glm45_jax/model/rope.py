@@ -1,4 +1,6 @@
-"""Rotary position embedding of GLM-4.5: the first `rotary_dim` entries of a head rotate, half-split pairs (spec 2.2)."""
+"""Rotary position embedding of GLM-4.5: the first `rotary_dim` entries of a head rotate, half-split
+pairs (spec 2.2).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from flax import struct
 
 @struct.dataclass
 class Rotation:
-    """Cosines and sines of one batch of positions, [B, T, 1, rotary_dim / 2], in the activations' dtype."""
+    """Cosines and sines of one batch of positions, [B, T, 1, rotary_dim / 2], in the activations'
+    dtype.
+    """
 
     cos_BT1R: jax.Array
     sin_BT1R: jax.Array
@@ -18,7 +22,9 @@ class Rotation:
 def rotation(
     positions_BT: jax.Array, *, rotary_dim: int, theta: float, dtype: jnp.dtype
 ) -> Rotation:
-    """Angles p * theta^(-2j / rotary_dim), computed in float32. The denominator is rotary_dim, not the head's width."""
+    """Angles p * theta^(-2j / rotary_dim), computed in float32. The denominator is rotary_dim, not
+    the head's width.
+    """
     half = rotary_dim // 2
     inverse_R = theta ** (-jnp.arange(half, dtype=jnp.float32) * 2.0 / rotary_dim)
     angle_BT1R = positions_BT.astype(jnp.float32)[:, :, None, None] * inverse_R[None, None, None, :]
@@ -26,7 +32,9 @@ def rotation(
 
 
 def rotate(x_BTNH: jax.Array, r: Rotation) -> jax.Array:
-    """`x` with entry j of the first rotary_dim turned against entry j + rotary_dim / 2; the rest passes through."""
+    """`x` with entry j of the first rotary_dim turned against entry j + rotary_dim / 2; the rest
+    passes through.
+    """
     half = r.cos_BT1R.shape[-1]
     a, b, rest = x_BTNH[..., :half], x_BTNH[..., half : 2 * half], x_BTNH[..., 2 * half :]
     return jnp.concatenate(

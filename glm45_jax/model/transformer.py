@@ -1,4 +1,5 @@
-"""The whole model: embedding, dense layers, MoE layers, final norm, head (spec 2). Types to know: `Params`, `Hidden`.
+"""The whole model: embedding, dense layers, MoE layers, final norm, head (spec 2). Types to know:
+`Params`, `Hidden`.
 
 Everything is a pure function of (params, tokens). Letters: B T D V L E.
 """
@@ -35,7 +36,9 @@ class Mtp:
 
 @struct.dataclass
 class Params:
-    """All weights of a model; `dense`, `moe`, `mtp` are None where it has no such layers. The blocks are stacked."""
+    """All weights of a model; `dense`, `moe`, `mtp` are None where it has no such layers. The
+    blocks are stacked.
+    """
 
     embed_VD: jax.Array
     dense: Block | None
@@ -49,8 +52,9 @@ class Params:
 class Hidden:
     """What the trunk computes.
 
-    hidden_BTD: after the final norm. load_LE: valid tokens each expert of each MoE layer took, int32. balance_LB: balance
-    terms with alpha = 1, a sum over each row's documents. router_logits_LBTE: float32, None unless kept.
+    hidden_BTD: after the final norm. load_LE: valid tokens each expert of each MoE layer took,
+    int32. balance_LB: balance terms with alpha = 1, a sum over each row's documents.
+    router_logits_LBTE: float32, None unless kept.
     """
 
     hidden_BTD: jax.Array
@@ -93,8 +97,9 @@ def forward(
 ) -> Hidden:
     """Hidden states after the final norm, in `cfg.dtype`, and what the router did.
 
-    tokens_BT: int32 ids in [0, vocab). positions_BT: default 0..T-1. segments_BT: documents of a packed row, 0 for padding;
-    no token sees another document, padding counts nowhere. tokens[B/batch, T/seq] -> hidden[B/batch, T/seq, D].
+    tokens_BT: int32 ids in [0, vocab). positions_BT: default 0..T-1. segments_BT: documents of a
+    packed row, 0 for padding; no token sees another document, padding counts nowhere.
+    tokens[B/batch, T/seq] -> hidden[B/batch, T/seq, D].
     """
     x_BTD = embed(params, tokens_BT, cfg)
     flow = make_flow(cfg, tokens_BT.shape, positions_BT, segments_BT)
@@ -110,10 +115,11 @@ def decode(
     cfg: ModelConfig,
     valid_BT: jax.Array | None = None,
 ) -> tuple[Hidden, KVCache]:
-    """`forward` of the next T tokens of each row after those the cache holds, and the cache with them in it.
+    """`forward` of the next T tokens of each row after those the cache holds, and the cache with
+    them in it.
 
-    T may be a prompt or one token. valid_BT: bool, False for right padding of ragged prompts. The caller sees to it that a
-    row never outgrows its pages: tokens past them are not stored.
+    T may be a prompt or one token. valid_BT: bool, False for right padding of ragged prompts. The
+    caller sees to it that a row never outgrows its pages: tokens past them are not stored.
     """
     slots = cache.slots(tokens_BT.shape[1], valid_BT)
     segments_BT = None if valid_BT is None else valid_BT.astype(jnp.int32)
@@ -126,9 +132,11 @@ def decode(
 
 
 def logits(params: Params, hidden: Hidden | jax.Array, *, cfg: ModelConfig) -> jax.Array:
-    """Scores of the next token, float32 [B, T, V]; of a `Hidden` or of normed hidden states such as MTP's.
+    """Scores of the next token, float32 [B, T, V]; of a `Hidden` or of normed hidden states such as
+    MTP's.
 
-    For decoding and tests: training goes through `kernels.cross_entropy`, where all logits never exist at once.
+    For decoding and tests: training goes through `kernels.cross_entropy`, where all logits never
+    exist at once.
     """
     hidden_BTD = hidden.hidden_BTD if isinstance(hidden, Hidden) else hidden
     head_DV = params.head_DV.astype(compute_dtype(cfg))
@@ -136,7 +144,9 @@ def logits(params: Params, hidden: Hidden | jax.Array, *, cfg: ModelConfig) -> j
 
 
 def embed(params: Params, tokens_BT: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Token embeddings [B/batch, T/seq, D] in `cfg.dtype`; the table is gathered over fsdp first, as every weight is."""
+    """Token embeddings [B/batch, T/seq, D] in `cfg.dtype`; the table is gathered over fsdp first,
+    as every weight is.
+    """
     table_VD = constrain(params.embed_VD.astype(compute_dtype(cfg)), ("vocab", None))
     return constrain(table_VD[tokens_BT], ("batch", "seq", None))
 
@@ -147,7 +157,9 @@ def make_flow(
     positions_BT: jax.Array | None,
     segments_BT: jax.Array | None,
 ) -> Flow:
-    """What all layers share. Without positions the mask goes by index, which the fast kernels can use."""
+    """What all layers share. Without positions the mask goes by index, which the fast kernels can
+    use.
+    """
     B, T = shape
     at_BT = positions_BT
     if at_BT is None:

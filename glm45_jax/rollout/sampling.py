@@ -1,4 +1,6 @@
-"""Text from a model: greedy or at a temperature, through the KV cache. Letters: B rows, T prompt length."""
+"""Text from a model: greedy or at a temperature, through the KV cache. Letters: B rows, T prompt
+length.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from glm45_jax.model.transformer import Params
 
 
 def sample_token(logits_BV: jax.Array, key: jax.Array, temperature: float | jax.Array) -> jax.Array:
-    """One token a row, int32 [B]: the best one at temperature 0, else a draw from softmax(logits / temperature)."""
+    """One token a row, int32 [B]: the best one at temperature 0, else a draw from softmax(logits /
+    temperature).
+    """
     warm_B = jax.random.categorical(key, logits_BV / jnp.maximum(temperature, 1e-6), axis=-1)
     return jnp.where(temperature > 0, warm_B, logits_BV.argmax(axis=-1)).astype(jnp.int32)
 
@@ -37,7 +41,8 @@ def generate(
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError(
-            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens; give one each"
+            f"{len(prompts)} prompts, the shortest of {min(map(len, prompts), default=0)} tokens; "
+            "give one token each"
         )
     width = max(map(len, prompts))
     tokens_BT = np.zeros((len(prompts), width), np.int32)

@@ -1,4 +1,5 @@
-"""The loop of pretraining, mid-training and SFT: batches in, metrics and checkpoints out. Types: `Hook`, `Outcome`.
+"""The loop of pretraining, mid-training and SFT: batches in, metrics and checkpoints out. Types:
+`Hook`, `Outcome`.
 
 It knows nothing of data preparation or evaluation: it takes an iterator of batches and hooks.
 """
@@ -13,7 +14,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -43,8 +44,8 @@ class Hook(Protocol):
 class Source(Protocol):
     """Where batches come from: `data.loader.Loader`, or anything with its two faces."""
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches of start_step, start_step + 1, ..."""
+    def iterate(self, start_step: int = 0) -> Generator[Batch]:
+        """Batches of start_step, start_step + 1, ...; closed when the run ends."""
         ...
 
     def state(self, step: int) -> dict[str, Any]:
@@ -54,7 +55,9 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. why: "done", "stopped" (a signal), or "not finite" (the batch is saved at `batch_file`)."""
+    """How a run ended. why: "done", "stopped" (a signal), or "not finite" (the batch is saved at
+    `batch_file`).
+    """
 
     step: int
     why: Literal["done", "stopped", "not finite"]
@@ -96,11 +99,12 @@ def run_steps(
     hooks: Sequence[Hook] = (),
     utilisation: Callable[[float], float] | None = None,
 ) -> tuple[TrainState, Outcome]:
-    """Steps start .. train.steps. The last state is saved however the run ends; after a step that is not finite the state
-    before it is the last one.
+    """Steps start .. train.steps. The last state is saved however the run ends; after a step that
+    is not finite the state before it is the last one.
 
-    utilisation: tokens a second -> share of the devices' peak, logged as "mfu". sidecars: saved beside every checkpoint.
-    SIGTERM and SIGINT end the run after the current step, with a checkpoint.
+    utilisation: tokens a second -> share of the devices' peak, logged as "mfu". sidecars: saved
+    beside every checkpoint. SIGTERM and SIGINT end the run after the current step, with a
+    checkpoint.
     """
     began, tokens = time.monotonic(), 0
     saved = -1 if checkpoints.latest() is None else start
@@ -145,7 +149,9 @@ def run_steps(
 def resume(
     trainer: Trainer, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any], int] | None:
-    """(state, sidecars, step) of the newest checkpoint that is whole, or None where there is none."""
+    """(state, sidecars, step) of the newest checkpoint that is whole, or None where there is
+    none.
+    """
     if checkpoints.latest() is None:
         return None
     restored = checkpoints.restore(trainer.abstract)
@@ -173,7 +179,9 @@ class _Clock:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM or SIGINT sets; the old handlers are back afterwards. In a thread: never set."""
+    """An event that SIGTERM or SIGINT sets; the old handlers are back afterwards. In a thread:
+    never set.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -218,7 +226,8 @@ def _save(
 def _save_batch(workdir: pathlib.Path, step: int, batch: Batch, out: StepOut) -> pathlib.Path:
     """The batch of a step that was not finite, for replay, one file a host."""
     path = workdir / f"not_finite_step{step}_host{jax.process_index()}.npz"
-    np.savez(path, **{name: np.asarray(x) for name, x in vars(batch).items()})
+    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in vars(batch).items()}
+    np.savez(path, **arrays)
     bad = [name for name, x in jax.device_get(out.scalars).items() if not math.isfinite(x)]
     log.error(
         "step %d is not finite in %s; its update was not applied; batch saved to %s",

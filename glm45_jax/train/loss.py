@@ -1,7 +1,8 @@
-"""Losses of pretraining and their denominators (spec 2.5). Types: `Denominators`, `Weights`, `LossOut`.
+"""Losses of pretraining and their denominators (spec 2.5). Types: `Denominators`, `Weights`,
+`LossOut`.
 
-Every part is a sum divided by a count over the *global* batch, known before the backward pass: parts, losses and gradients
-of micro-batches and devices then simply add up (docs/adr/0008).
+Every part is a sum divided by a count over the *global* batch, known before the backward pass:
+parts, losses and gradients of micro-batches and devices then simply add up (docs/adr/0008).
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Weights:
 
 @struct.dataclass
 class LossOut:
-    """loss: the sum of the weighted parts. tokens: targets counted. parts: each unweighted. load_LE: MoE layers, then MTP."""
+    """loss: the sum of the weighted parts. tokens: targets counted. parts: each unweighted.
+    load_LE: MoE layers, then MTP.
+    """
 
     loss: jax.Array
     tokens: jax.Array
@@ -47,7 +50,9 @@ class LossOut:
 
 
 def count(batch: Batch) -> Denominators:
-    """Counts of this batch; sum them over micro-batches and devices before use. Documents end where the segment changes."""
+    """Counts of this batch; sum them over micro-batches and devices before use. Documents end where
+    the segment changes.
+    """
     segment_BT = batch.segments_BT
     before_BT = jnp.pad(segment_BT[:, :-1], ((0, 0), (1, 0)))
     return Denominators(
@@ -58,7 +63,9 @@ def count(batch: Batch) -> Denominators:
 
 
 def mtp_mask(batch: Batch) -> jax.Array:
-    """1 where MTP position i has a target: token i + 2 counts, and i, i + 1 are of one document. [B, T - 1]."""
+    """1 where MTP position i has a target: token i + 2 counts, and i, i + 1 are of one document.
+    [B, T - 1].
+    """
     same_BT = mtp.inner_segments(batch.segments_BT) > 0
     return batch.mask_BT[:, 1:] * same_BT.astype(jnp.float32)
 
@@ -74,8 +81,9 @@ def loss(
 ) -> LossOut:
     """CE + lambda * MTP + alpha * balance of this batch's share of the global one.
 
-    packed: rows hold several documents, or padding; False lets kernels treat a row as one document. Whether GLM balances
-    per document or per packed row is UNVERIFIED: here per document (docs/adr/0007).
+    packed: rows hold several documents, or padding; False lets kernels treat a row as one document.
+    Whether GLM balances per document or per packed row is UNVERIFIED: here per document
+    (docs/adr/0007).
     """
     segments_BT = batch.segments_BT if packed else None
     positions_BT = batch.positions_BT if packed else None

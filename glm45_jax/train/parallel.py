@@ -1,7 +1,9 @@
-"""The same `train_step` by `pmap` over local devices or by `jit` on a mesh. The type to know is `Trainer`.
+"""The same `train_step` by `pmap` over local devices or by `jit` on a mesh. The type to know is
+`Trainer`.
 
-`make_trainer(where, ...)` takes a `Pmap` or a `MeshShape` value and hides which it was: states go in and come out as the
-trainer keeps them, `save_view` / `load_view` are what a checkpoint sees, the same for both.
+`make_trainer(where, ...)` takes a `Pmap` or a `MeshShape` value and hides which it was: states go
+in and come out as the trainer keeps them, `save_view` / `load_view` are what a checkpoint sees, the
+same for both.
 """
 
 from __future__ import annotations
@@ -31,16 +33,20 @@ PMAP_AXIS = "devices"
 
 @dataclasses.dataclass(frozen=True)
 class Pmap:
-    """Data parallelism by `pmap` over this host's devices; -1 takes all. Weights are whole on each."""
+    """Data parallelism by `pmap` over this host's devices; -1 takes all. Weights are whole on
+    each.
+    """
 
     devices: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Functions of one run. step donates its state. nll: (sum of -log p, count) of a batch, for validation.
+    """Functions of one run. step donates its state. nll: (sum of -log p, count) of a batch, for
+    validation.
 
-    abstract: shapes and shardings of `save_view(state)`, for restoring. n_devices: devices that compute.
+    abstract: shapes and shardings of `save_view(state)`, for restoring. n_devices: devices that
+    compute.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -214,7 +220,9 @@ def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
 
 
 def state_shardings(shapes: TrainState, specs: Any, mesh: Any, rules: Rules) -> TrainState:
-    """NamedSharding of every leaf of a state: optimizer memory lies as the weight whose path and shape it has."""
+    """NamedSharding of every leaf of a state: optimizer memory lies as the weight whose path and
+    shape it has.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def one(_: Any, owner: params_lib.ParamSpec | None) -> NamedSharding:

@@ -1,4 +1,6 @@
-"""What a training run carries from step to step, and the numbers that steer it. Types: `TrainState`, `Train`."""
+"""What a training run carries from step to step, and the numbers that steer it. Types:
+`TrainState`, `Train`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from glm45_jax.optim.schedules import BatchRamp, Constant, Schedule, Steps, toke
 
 @struct.dataclass
 class TrainState:
-    """step: int32, optimizer steps taken. tokens_seen: uint32[2], exact (`optim.schedules.tokens_add`)."""
+    """step: int32, optimizer steps taken. tokens_seen: uint32[2], exact
+    (`optim.schedules.tokens_add`).
+    """
 
     step: jax.Array
     params: Any
@@ -29,8 +33,9 @@ class TrainState:
 class Train:
     """How a run trains. Schedules are over tokens seen.
 
-    rows: sequences of a global batch at the end of the ramp; start_rows at its start (None: no ramp). micro_rows: at most
-    this many sequences a forward pass, over all devices (None: the whole batch). save_every 0: only at the end.
+    rows: sequences of a global batch at the end of the ramp; start_rows at its start (None: no
+    ramp). micro_rows: at most this many sequences a forward pass, over all devices (None: the whole
+    batch). save_every 0: only at the end.
     Source: spec 5.2; the three switches at 15T tokens are `Steps` values.
     """
 

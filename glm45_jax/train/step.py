@@ -1,6 +1,7 @@
 """One optimizer step as a pure function (spec 2.5-2.7). Letters: B T L E; Z micro-batches.
 
-Gradients are sums over micro-batches and devices; the router bias moves once, from the whole batch's load.
+Gradients are sums over micro-batches and devices; the router bias moves once, from the whole
+batch's load.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from glm45_jax.train.state import Train, TrainState
 
 @struct.dataclass
 class StepOut:
-    """scalars: float32, by metric name. load_LE: tokens each expert took. bias_LE: biases after the step. ok: the step
-    was finite and was taken; otherwise the state is the old one."""
+    """scalars: float32, by metric name. load_LE: tokens each expert took. bias_LE: biases after the
+    step. ok: the step was finite and was taken; otherwise the state is the old one."""
 
     scalars: dict[str, jax.Array]
     load_LE: jax.Array
@@ -48,8 +49,9 @@ def train_step(
 ) -> tuple[TrainState, StepOut]:
     """The state after one batch, and what to log.
 
-    tx: updates for a learning rate of one (`optim.build`); optim.lr_at gives the rate. axis_name: of a `pmap`; on a mesh
-    the batch is global already. A step whose loss or gradient is not finite changes nothing and says so in `ok`.
+    tx: updates for a learning rate of one (`optim.build`); optim.lr_at gives the rate. axis_name:
+    of a `pmap`; on a mesh the batch is global already. A step whose loss or gradient is not finite
+    changes nothing and says so in `ok`.
     """
     seen = tokens_float(state.tokens_seen)
     weights = Weights(train.mtp_weight(seen), train.balance_weight(seen))
@@ -98,7 +100,9 @@ def gradients(
     accum: int = 1,
     axis_name: str | None = None,
 ) -> tuple[Params, LossOut]:
-    """Gradient and loss of the global batch: the same numbers however it is cut into micro-batches and devices."""
+    """Gradient and loss of the global batch: the same numbers however it is cut into micro-batches
+    and devices.
+    """
     denominators = _global(count(batch), axis_name)
 
     def one(micro: Batch):
@@ -123,7 +127,9 @@ def gradients(
 
 
 def move_bias(params: Params, load_LE: jax.Array, rate: jax.Array) -> Params:
-    """Router biases moved by rate * sign(mean load - load). Source: spec 2.6. load_LE: MoE layers, then MTP."""
+    """Router biases moved by rate * sign(mean load - load). Source: spec 2.6. load_LE: MoE layers,
+    then MTP.
+    """
     load_LE = load_LE.astype(jnp.float32)
     step_LE = rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
     n_moe = 0
@@ -162,7 +168,9 @@ def update_rms(updates: Any, specs: Any) -> dict[str, jax.Array]:
 
 
 def balance_scalars(load_LE: jax.Array, bias_LE: jax.Array) -> dict[str, jax.Array]:
-    """How even the experts are: largest load over the mean (worst layer), mean size of the biases."""
+    """How even the experts are: largest load over the mean (worst layer), mean size of the
+    biases.
+    """
     if load_LE.size == 0:
         return {}
     load_LE = load_LE.astype(jnp.float32)

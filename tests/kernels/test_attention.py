@@ -1,4 +1,6 @@
-"""Attention: every implementation that runs here equals the definition, and the definition keeps its laws."""
+"""Attention: every implementation that runs here equals the definition, and the definition keeps
+its laws.
+"""
 
 import jax
 import jax.numpy as jnp

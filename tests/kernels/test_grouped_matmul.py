@@ -1,6 +1,9 @@
-"""Grouped matmul: every implementation equals a loop over groups, forward and backward, at any group sizes."""
+"""Grouped matmul: every implementation equals a loop over groups, forward and backward, at any
+group sizes.
+"""
 
 import functools
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -28,9 +31,7 @@ def draw(shape, seed=0):
 
 def by_hand(x, w, sizes):
     edges = np.cumsum([0, *sizes])
-    return np.concatenate(
-        [x[a:b] @ w[e] for e, (a, b) in enumerate(zip(edges[:-1], edges[1:], strict=True))]
-    )
+    return np.concatenate([x[a:b] @ w[e] for e, (a, b) in enumerate(itertools.pairwise(edges))])
 
 
 @functools.partial(jax.jit, static_argnames="impl")

@@ -13,7 +13,8 @@ from glm45_jax.model import config, transformer
 def _tiny():
     cfg = config.tiny()
     params = params_lib.init(transformer.specs(cfg), jax.random.key(0))
-    # Larger than at the start of training, so that experts and documents differ by more than rounding.
+    # Larger than at the start of training, so that experts and documents differ by more than
+    # rounding.
     params = jax.tree.map(lambda w: w * 4 if w.ndim > 2 else w, params)
     return cfg, params
 

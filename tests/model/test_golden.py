@@ -1,6 +1,8 @@
-"""Parity with the public reference implementation on two tiny random checkpoints (tests/golden/README.md).
+"""Parity with the public reference implementation on two tiny random checkpoints
+(tests/golden/README.md).
 
-A golden fails? The files are inputs, not outputs: ask first which equation of spec 2 changed, and why.
+A golden fails? The files are inputs, not outputs: ask first which equation of spec 2 changed, and
+why.
 """
 
 import functools

@@ -1,4 +1,6 @@
-"""Laws of the model: the past does not see the future, documents do not see each other, the cache and remat change nothing."""
+"""Laws of the model: the past does not see the future, documents do not see each other, the cache
+and remat change nothing.
+"""
 
 import dataclasses
 import functools

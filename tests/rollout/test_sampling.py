@@ -1,4 +1,6 @@
-"""Sampling: greedy is the model's own argmax, rows do not matter to each other, temperature draws from the softmax."""
+"""Sampling: greedy is the model's own argmax, rows do not matter to each other, temperature draws
+from the softmax.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""Laws of the loop: a killed run that goes on is the run that was never killed; nothing that was saved is lost."""
+"""Laws of the loop: a killed run that goes on is the run that was never killed; nothing that was
+saved is lost.
+"""
 
 import os
 import signal

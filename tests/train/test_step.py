@@ -1,4 +1,6 @@
-"""Laws of the step: however a batch is cut into devices, micro-batches or rows, the same loss, gradient and bias."""
+"""Laws of the step: however a batch is cut into devices, micro-batches or rows, the same loss,
+gradient and bias.
+"""
 
 import functools
 
@@ -46,8 +48,9 @@ def test_devices_and_micro_batches_change_nothing(way):
             np.testing.assert_allclose(
                 out.scalars[name], expected.scalars[name], rtol=2e-5, err_msg=name
             )
-    # The optimizer's sums are the gradients. The weights may differ by more: Adam divides an embedding row's tiny
-    # gradient by its own size, so float32 rounding shows at 1% of a step of 3e-3.
+    # The optimizer's sums are the gradients. The weights may differ by more: Adam divides an
+    # embedding row's tiny gradient by its own size, so float32 rounding shows at 1% of a step of
+    # 3e-3.
     for ours, theirs in zip(jax.tree.leaves(state.opt), jax.tree.leaves(alone.opt), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for ours, theirs in zip(

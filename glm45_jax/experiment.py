@@ -163,7 +163,8 @@ class _Ready:
 
 
 def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
-    _claim(exp, workdir)
+    """Every check first, what is written last: a run that is refused leaves no mark."""
+    _check_claim(exp, workdir)
     recipe = Recipe(exp.model, exp.optim, exp.train, packed=_packed(exp.data))
     trainer = make_trainer(exp.mesh, recipe, exp.rules)
     for _, rows in exp.batch_sizes():
@@ -174,43 +175,44 @@ def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
     checkpoints = Checkpoints(workdir / "checkpoints", keep=exp.train.keep)
     resumed = resume(trainer, checkpoints)
     if resumed is None:
-        return _Ready(
-            exp, workdir, prepared, source, trainer, checkpoints, _initial(exp, trainer), 0
-        )
-    state, sidecars, start = resumed
-    source.check_state(sidecars["loader"])
-    log.info("resuming at step %d", start)
+        state, start = _initial(exp, trainer), 0
+    else:
+        state, sidecars, start = resumed
+        source.check_state(sidecars["loader"])
+        log.info("resuming at step %d", start)
+    _write_claim(exp, workdir)
     return _Ready(exp, workdir, prepared, source, trainer, checkpoints, state, start)
 
 
-def _claim(exp: Experiment, workdir: pathlib.Path) -> None:
+def _check_claim(exp: Experiment, workdir: pathlib.Path) -> None:
     """The workdir is new, or holds this experiment.
 
     Raises: ValueError naming what differs.
     """
     path = workdir / "experiment.json"
-    mine = values.to_json(exp)
-    if path.exists():
-        old = values.flatten(values.from_json(json.loads(path.read_text())))
-        now = values.flatten(exp)
-        differ = [
-            f"{key}: {old.get(key)!r} there, {now.get(key)!r} here"
-            for key in sorted(old.keys() | now.keys())
-            if old.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-        ]
-        if differ:
+    if not path.exists():
+        if (workdir / "checkpoints").exists():
             raise ValueError(
-                f"{workdir} holds another experiment ({'; '.join(differ[:5])}); "
-                "nothing was touched; give another --workdir, or the old values"
+                f"{workdir} has checkpoints but no experiment.json; give another --workdir"
             )
         return
-    if workdir.exists() and (workdir / "checkpoints").exists():
+    old = values.from_json(json.loads(path.read_text()))
+    differ = [
+        f"{key}: {there!r} there, {here!r} here"
+        for key, there, here in values.diff(old, exp)
+        if not key.startswith(MAY_CHANGE)
+    ]
+    if differ:
         raise ValueError(
-            f"{workdir} has checkpoints but no experiment.json; give another --workdir"
+            f"{workdir} holds another experiment ({'; '.join(differ[:5])}); "
+            "nothing was touched; give another --workdir, or the old values"
         )
+
+
+def _write_claim(exp: Experiment, workdir: pathlib.Path) -> None:
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=1))
+        (workdir / "experiment.json").write_text(json.dumps(values.to_json(exp), indent=1))
 
 
 def _packed(data: Data) -> bool:

@@ -122,7 +122,7 @@ def _build(data: Data, folder: Path, fingerprint: str, tokenizer: Tokenizer | No
         trained = time.monotonic()
         tokenizer.save(temporary)
         counts = _write_stores(temporary, docs, tokenizer)
-        report = {
+        report: dict[str, Any] = {
             "fingerprint": fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "vocab": tokenizer.vocab,

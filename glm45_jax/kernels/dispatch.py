@@ -54,7 +54,7 @@ def pick(
             raise ValueError(f"{op}: impl={name!r}: {why}; impl='auto' picks for you")
         return chosen.run
     platform = jax.default_backend()
-    reasons = []
+    reasons: list[str] = []
     for i in impls:
         why = (
             i.supports(*args, **kwargs)

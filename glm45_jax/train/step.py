@@ -19,7 +19,7 @@ from glm45_jax.data.types import Batch
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.model.transformer import Params
 from glm45_jax.optim.schedules import tokens_add, tokens_float
-from glm45_jax.train.loss import Denominators, LossOut, Weights, count, loss
+from glm45_jax.train.loss import LossOut, Weights, count, loss
 from glm45_jax.train.state import Train, TrainState
 
 
@@ -130,9 +130,7 @@ def move_bias(params: Params, load_LE: jax.Array, rate: jax.Array) -> Params:
     """Router biases moved by rate * sign(mean load - load). Source: spec 2.6. load_LE: MoE layers,
     then MTP.
     """
-    load_LE = load_LE.astype(jnp.float32)
-    step_LE = rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
-    n_moe = 0
+    step_LE, n_moe = bias_step(load_LE, rate), 0
     if params.moe is not None:
         n_moe = params.moe.ffn.bias_E.shape[0]
         moved = params.moe.ffn.replace(bias_E=params.moe.ffn.bias_E + step_LE[:n_moe])
@@ -142,6 +140,12 @@ def move_bias(params: Params, load_LE: jax.Array, rate: jax.Array) -> Params:
         moved = block.ffn.replace(bias_E=block.ffn.bias_E + step_LE[n_moe:])
         params = params.replace(mtp=params.mtp.replace(block=block.replace(ffn=moved)))
     return params
+
+
+def bias_step(load_LE: jax.Array, rate: jax.Array) -> jax.Array:
+    """What each bias moves by: up where an expert took less than its layer's mean."""
+    load_LE = load_LE.astype(jnp.float32)
+    return rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
 
 
 def biases(params: Params) -> jax.Array:
@@ -188,14 +192,3 @@ def _add(a: Any, b: Any) -> Any:
 
 def _first(tree: Any) -> Any:
     return jax.tree.map(lambda x: x[0], tree)
-
-
-__all__ = [
-    "Denominators",
-    "StepOut",
-    "biases",
-    "gradients",
-    "move_bias",
-    "train_step",
-    "update_rms",
-]

@@ -18,10 +18,11 @@ from glm45_jax.data.types import Batch
 from glm45_jax.kernels.routing import route
 from glm45_jax.model import mtp, transformer
 from glm45_jax.model.block import block, stack
+from glm45_jax.model.moe import balance
 from glm45_jax.model.norm import rms_norm
 from glm45_jax.params import leaves_with_path, path_name
 from glm45_jax.train.loss import Weights
-from glm45_jax.train.step import gradients, move_bias
+from glm45_jax.train.step import bias_step, gradients, move_bias
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # advised for float32 activations
@@ -220,3 +221,14 @@ def test_a_layer_in_a_stack_is_the_layer_alone():
     for i in range(cfg.n_moe):
         x, _ = block(jax.tree.map(lambda w, i=i: w[i], params.moe), x, flow, cfg=cfg)
     np.testing.assert_allclose(stacked, x, **CLOSE)  # fused and unfused sums differ in float32
+
+
+def test_megatron_s_balance_loss_and_bias_update():
+    g = np.load(GOLDEN / "extra" / "moe.npz")
+    top_k, _, alpha, rate = (float(x) for x in g["hyper_topk_scale_alpha_u"])
+    ours = alpha * np.asarray(balance(jnp.asarray(g["logits"]), None, top_k=int(top_k)))
+    np.testing.assert_allclose(ours, g["per_sequence_loss"], rtol=1e-6)
+    np.testing.assert_allclose(ours.mean(), g["seq_aux_loss"], rtol=1e-6)
+    load = jnp.asarray(g["expert_load"])[None, :]
+    moved = jnp.asarray(g["bias"]) + bias_step(load, jnp.float32(rate))[0]
+    np.testing.assert_allclose(moved, g["updated_bias"], atol=1e-8)

@@ -1,4 +1,5 @@
-"""Hugging Face checkpoints of the GLM-4.5 family in and out, by one name table (spec 3.1).
+"""Hugging Face checkpoints of the GLM-4.5 family, by one name table (spec 3.1). Reading only so
+far.
 
 `table(cfg)` is the whole mapping: every tensor of a released folder, the leaf it belongs to, and
 how it lies there.
@@ -19,8 +20,7 @@ import numpy as np
 from glm45_jax import params as params_lib
 from glm45_jax.model import transformer
 from glm45_jax.model.config import Gqa, ModelConfig, Moe
-
-EOS = (151_329, 151_336, 151_338)  # spec 1.1; also the stop ids of rollouts
+from glm45_jax.sharding import Rules, shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,7 @@ class Entry:
     """One tensor: its name in the files, the leaf of `Params` that holds it, and where in that
     leaf.
 
-    index: leading indices into the leaf (layer, expert). copy: written for the released layout, not
-    read.
+    index: leading indices into the leaf (layer, expert). copy: repeats what another entry reads.
     """
 
     name: str
@@ -104,16 +103,18 @@ def _layer(cfg: ModelConfig, name: str, leaf: str, at: int, dense: bool) -> Iter
 
 
 def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Any = None, rules: Any = None):
-    """(ModelConfig, Params) of a released-style folder. dtype: of the weights; default as stored,
-    router bias float32.
+    """(ModelConfig, Params) of a released-style folder.
 
-    Reads every tensor to the host once; with a mesh the leaves are laid out by `rules`.
+    dtype: of weights and activations; default as stored. The router's bias is always float32. Reads
+    every tensor to the host once; with a mesh the leaves are laid out by `rules`.
 
     Raises: ValueError for a missing tensor or a shape that is not the config's.
     """
     path = pathlib.Path(path)
-    cfg = config(json.loads((path / "config.json").read_text()))
     tensors = _read(path)
+    cfg = config(json.loads((path / "config.json").read_text()))
+    computed = np.dtype(dtype or tensors["model.embed_tokens.weight"].dtype)
+    cfg = dataclasses.replace(cfg, dtype="float32" if computed == np.float32 else "bfloat16")
     plan = dict(params_lib.leaves_with_path(transformer.specs(cfg)))
     leaves: dict[str, np.ndarray] = {}
     for entry in table(cfg):
@@ -133,8 +134,6 @@ def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Any = None, rules
     tree = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=params_lib.is_spec), values)
     if mesh is None:
         return cfg, jax.tree.map(jax.numpy.asarray, tree)
-    from glm45_jax.sharding import Rules, shardings
-
     return cfg, jax.device_put(tree, shardings(specs, mesh, rules or Rules()))
 
 
@@ -180,7 +179,6 @@ def config(c: dict[str, Any]) -> ModelConfig:
             groups=c["n_group"],
             top_groups=c["topk_group"],
         ),
-        dtype="float32" if c.get("torch_dtype", c.get("dtype")) == "float32" else "bfloat16",
     )
 
 

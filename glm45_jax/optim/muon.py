@@ -83,7 +83,7 @@ def muon(
     rms: float = 0.2,
     weight_decay: float = 0.1,
     specs: Any,
-    dtype: Any = jnp.bfloat16,
+    dtype: Any = jnp.float32,
     momentum_dtype: Any = jnp.float32,
     adam_b1: float = 0.9,
     adam_b2: float = 0.95,

@@ -220,9 +220,14 @@ def _iterate(x_Bmn: jax.Array, *, steps: int, split: tuple[str, ...] = ()) -> ja
     squares = total(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True))
     norm = jnp.sqrt(squares).astype(x.dtype).astype(jnp.float32)
     x = (x.astype(jnp.float32) / (norm + EPS)).astype(x.dtype)
-    for _ in range(steps):
+
+    def step(_: Any, x: jax.Array) -> jax.Array:
         gram = total(dot(x, x.mT, preferred_element_type=jnp.float32)).astype(x.dtype)
-        x = _times(a, x) + dot(_times(b, gram) + dot(_times(c, gram), gram), x)
+        return _times(a, x) + dot(_times(b, gram) + dot(_times(c, gram), gram), x)
+
+    # A loop, not unrolled: a model has dozens of shapes of matrix, and each would compile five
+    # times.
+    x = jax.lax.fori_loop(0, steps, step, x)
     return x.mT if flip else x
 
 

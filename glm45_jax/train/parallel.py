@@ -171,7 +171,9 @@ def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
     used = local if where.devices == -1 else local[: where.devices]
     n, total = len(used), len(used) * jax.process_count()
     init = functools.partial(init_state, recipe.specs, recipe.tx)
-    copies = jax.pmap(lambda state, _: state, in_axes=(None, 0), devices=used)
+    # The axis name is part of where pmap's arrays lie: with another name the second step compiles
+    # again.
+    copies = jax.pmap(lambda state, _: state, axis_name=PMAP_AXIS, in_axes=(None, 0), devices=used)
     step = jax.pmap(
         lambda state, batch, accum: recipe.step(state, batch, accum=accum, axis_name=PMAP_AXIS),
         axis_name=PMAP_AXIS,

@@ -2,7 +2,9 @@
 gradient and bias.
 """
 
+import contextlib
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +27,36 @@ WAYS = {
 }
 
 
+@contextlib.contextmanager
+def compilations():
+    """A list that grows by one record for each program compiled inside."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record) if "Compiling" in record.msg else None
+    logger = logging.getLogger("jax._src.interpreters.pxla")
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield records
+    logger.removeHandler(handler)
+
+
 @functools.cache
 def after_two_steps(way):
     where, micro_rows = (ONE, None) if way == "single" else WAYS[way]
     run = trainer(where, micro_rows)
     state = run.init(jax.random.key(0))
-    outs = []
-    for seed in range(2):
-        state, out = run.step(state, packed_batch(seed))
-        outs.append(jax.device_get(out))
-    return jax.device_get(run.save_view(state)), outs, run.nll(state, packed_batch(2))
+    state, first = run.step(state, packed_batch(0))
+    with compilations() as compiled:
+        state, second = run.step(state, packed_batch(1))
+    outs = [jax.device_get(first), jax.device_get(second)]
+    nll = run.nll(state, packed_batch(2))
+    return jax.device_get(run.save_view(state)), outs, nll, len(compiled)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_devices_and_micro_batches_change_nothing(way):
-    state, outs, nll = after_two_steps(way)
-    alone, alone_outs, alone_nll = after_two_steps("single")
+    state, outs, nll, _ = after_two_steps(way)
+    alone, alone_outs, alone_nll, _ = after_two_steps("single")
     for out, expected in zip(outs, alone_outs, strict=True):
         np.testing.assert_array_equal(out.load_LE, expected.load_LE)
         np.testing.assert_array_equal(out.bias_LE, expected.bias_LE)
@@ -168,3 +184,10 @@ def test_batches_that_do_not_divide_are_refused_with_both_numbers():
         trainer(Pmap()).check_rows(12)
     with pytest.raises(ValueError, match="16 rows is not a multiple of micro_rows 5"):
         trainer(ONE, 5).step(trainer(ONE).init(jax.random.key(0)), packed_batch())
+
+
+def test_a_run_compiles_its_step_once():
+    assert all(after_two_steps(way)[3] == 0 for way in ["single", *WAYS])
+    with compilations() as compiled:  # the check sees what it looks for
+        jax.jit(lambda x: x * 3 + 1)(np.ones(5))
+    assert len(compiled) > 0

@@ -91,7 +91,7 @@ def setup_logging(*, level: int = logging.INFO, process: int = 0) -> None:
     form = f"%(asctime)s{where} %(levelname).1s %(name)s: %(message)s"
     handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
     root.setLevel(level if process == 0 else max(level, logging.WARNING))
-    for chatty in ("absl", "jax"):
+    for chatty in ("absl", "jax", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
 

@@ -258,7 +258,7 @@ def heat_map(array: np.ndarray) -> np.ndarray:
 
 
 class Progress:
-    """Writer on the console: a bar with loss, tokens a second and MFU.
+    """Writer on the console: a bar with the loss and its parts, tokens a second and MFU.
 
     Where `stream` (stderr) is no terminal: a line for the first step, one every `seconds`, and one
     for the last.
@@ -326,6 +326,9 @@ def _shown(scalars: Mapping[str, float]) -> Sequence[str]:
     parts = []
     if "loss" in scalars:
         parts.append(f"loss {scalars['loss']:.4f}")
+    named = [name for name in ("ce", "mtp", "balance") if f"loss/{name}" in scalars]
+    if named:
+        parts.append(f"({', '.join(f'{name} {scalars[f"loss/{name}"]:.3f}' for name in named)})")
     if "val/loss" in scalars:
         parts.append(f"val {scalars['val/loss']:.4f}")
     if "tokens_per_s" in scalars:

@@ -262,3 +262,12 @@ def test_on_two_processes_the_mean_is_taken_in_float64():
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     started = [subprocess.Popen([*command, str(n)], cwd=ROOT, env=env) for n in (0, 1)]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
+
+
+def test_the_console_shows_the_parts_of_the_loss():
+    stream = io.StringIO()
+    progress = Progress(1, stream=stream)
+    progress.update(1, {"loss": 3.5, "loss/ce": 2.25, "loss/mtp": 4.125, "loss/balance": 1.5})
+    progress.close()
+    assert "loss 3.5000" in stream.getvalue()
+    assert "(ce 2.250, mtp 4.125, balance 1.500)" in stream.getvalue()

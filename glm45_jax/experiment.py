@@ -22,6 +22,7 @@ from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data import ngram
 from glm45_jax.data.prepare import Data, Prepared, prepare
 from glm45_jax.data.prepare import rows as data_rows
+from glm45_jax.data.types import Batch
 from glm45_jax.model import cost, transformer
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.optim.mixed import AdamW
@@ -37,13 +38,8 @@ from glm45_jax.train.state import Train, TrainState
 log = logging.getLogger(__name__)
 
 MAX_PADDING_ROWS = 1024  # of the embedding beyond the tokenizer's ids; the released table has 187
-MAY_CHANGE = (
-    "mesh",
-    "rules",
-    "train.log_every",
-    "train.save_every",
-    "train.keep",
-)  # in a workdir that goes on
+# What may change in a workdir that goes on.
+MAY_CHANGE = ("mesh", "rules", "train.log_every", "train.save_every", "train.keep")
 
 
 class BadInput(ValueError):
@@ -156,6 +152,7 @@ class _Ready:
     workdir: pathlib.Path
     prepared: Prepared
     source: Any
+    validation: Batch
     trainer: Trainer
     checkpoints: Checkpoints
     state: TrainState
@@ -171,7 +168,11 @@ def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
         trainer.check_rows(rows)
     trainer.check_rows(exp.train.validate_rows)
     prepared = prepare(exp.data, workdir / "data")
-    source = _loader(exp, prepared)
+    source = _loader(exp, prepared, "train", exp.seed, exp.train.ramp(exp.data.seq_len).span)
+    # Fixed rows, the same on every run.
+    validation = _loader(exp, prepared, "val", 0, lambda step: (0, exp.train.validate_rows)).batch(
+        0
+    )
     checkpoints = Checkpoints(workdir / "checkpoints", keep=exp.train.keep)
     resumed = resume(trainer, checkpoints)
     if resumed is None:
@@ -181,7 +182,7 @@ def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
         source.check_state(sidecars["loader"])
         log.info("resuming at step %d", start)
     _write_claim(exp, workdir)
-    return _Ready(exp, workdir, prepared, source, trainer, checkpoints, state, start)
+    return _Ready(exp, workdir, prepared, source, validation, trainer, checkpoints, state, start)
 
 
 def _check_claim(exp: Experiment, workdir: pathlib.Path) -> None:
@@ -222,13 +223,19 @@ def _packed(data: Data) -> bool:
     return getattr(data.packing, "document_mask", True)
 
 
-def _loader(exp: Experiment, prepared: Prepared) -> Any:
+def _loader(
+    exp: Experiment,
+    prepared: Prepared,
+    split: str,
+    seed: int,
+    span: Callable[[int], tuple[int, int]],
+) -> Any:
     from glm45_jax.data.loader import Loader  # grain is not on every machine that trains
 
     return Loader(
-        data_rows(exp.data, prepared, "train"),
-        seed=exp.seed,
-        span=exp.train.ramp(exp.data.seq_len).span,
+        data_rows(exp.data, prepared, split),
+        seed=seed,
+        span=span,
         host=(jax.process_index(), jax.process_count()),
         fingerprint=prepared.fingerprint,
     )
@@ -268,6 +275,11 @@ def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
             metrics.TensorBoard(ready.workdir / "tensorboard", purge_step=ready.start + 1),
         ]
     progress = metrics.Progress(exp.train.steps, ready.start) if main_host else None
+    # Also after step 10, where the report starts counting, and at the end.
+    at = (min(10, exp.train.steps), exp.train.steps)
+    validate = Validate([ready.validation], exp.train.validate_every, at)
+    n_devices = ready.trainer.n_devices
+    mfu_of_one = cost.mfu(1.0, exp.model, exp.data.seq_len, n_devices, peak)
     try:
         return run_steps(
             ready.trainer,
@@ -280,38 +292,13 @@ def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
             sidecars={"experiment": values.to_json(exp)},
             writers=writers,
             progress=progress,
-            hooks=[_validate(ready)],
-            utilisation=lambda rate: cost.mfu(
-                rate, exp.model, exp.data.seq_len, ready.trainer.n_devices, peak
-            ),
+            hooks=[validate],
+            utilisation=lambda tokens_per_s: tokens_per_s * mfu_of_one,
         )
     finally:
         for writer in [*writers, *([progress] if progress else [])]:
             writer.close()
         ready.checkpoints.close()
-
-
-def _validate(ready: _Ready) -> Validate:
-    """Fixed rows of the validation split, the same on every run; also after step 10, where the
-    report starts counting.
-    """
-    exp = ready.exp
-    first = Validate([], exp.train.validate_every, at=(min(10, exp.train.steps), exp.train.steps))
-    return dataclasses.replace(first, batches=[_validation_batch(ready)])
-
-
-def _validation_batch(ready: _Ready) -> Any:
-    from glm45_jax.data.loader import Loader
-
-    exp = ready.exp
-    loader = Loader(
-        data_rows(exp.data, ready.prepared, "val"),
-        seed=0,
-        span=lambda step: (0, exp.train.validate_rows),
-        host=(jax.process_index(), jax.process_count()),
-        fingerprint=ready.prepared.fingerprint,
-    )
-    return loader.batch(0)
 
 
 def _write_report(
@@ -331,9 +318,7 @@ def _write_report(
         "training tokens": f"{train_tokens:,} there (vocabulary {exp.data.vocab:,})",
     }
     baselines = (
-        ngram_losses(ready.prepared, _validation_batch(ready), exp.data.vocab)
-        if exp.report.ngrams
-        else {}
+        ngram_losses(ready.prepared, ready.validation, exp.data.vocab) if exp.report.ngrams else {}
     )
     samples = _samples(ready, state) if exp.report.prompts else []
     path = write_report(
@@ -344,7 +329,7 @@ def _write_report(
     return path
 
 
-def ngram_losses(prepared: Prepared, batch: Any, vocab: int) -> dict[str, float]:
+def ngram_losses(prepared: Prepared, batch: Batch, vocab: int) -> dict[str, float]:
     """Nats a token of a unigram and a Kneser-Ney bigram model fitted on all training tokens, on the
     validation targets.
     """

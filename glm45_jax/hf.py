@@ -115,7 +115,8 @@ def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Any = None, rules
     cfg = config(json.loads((path / "config.json").read_text()))
     computed = np.dtype(dtype or tensors["model.embed_tokens.weight"].dtype)
     cfg = dataclasses.replace(cfg, dtype="float32" if computed == np.float32 else "bfloat16")
-    plan = dict(params_lib.leaves_with_path(transformer.specs(cfg)))
+    specs = transformer.specs(cfg)
+    plan = dict(params_lib.leaves_with_path(specs))
     leaves: dict[str, np.ndarray] = {}
     for entry in table(cfg):
         if entry.copy:
@@ -129,8 +130,7 @@ def load(path: str | pathlib.Path, *, dtype: Any = None, mesh: Any = None, rules
         leaf_dtype = np.float32 if spec.kind == "state" else (dtype or value.dtype)
         leaf = leaves.setdefault(entry.leaf, np.empty(spec.shape, leaf_dtype))
         leaf[entry.index] = value.astype(leaf_dtype)
-    specs = transformer.specs(cfg)
-    values = [leaves[name] for name, _ in params_lib.leaves_with_path(specs)]
+    values = [leaves[name] for name in plan]
     tree = jax.tree.unflatten(jax.tree.structure(specs, is_leaf=params_lib.is_spec), values)
     if mesh is None:
         return cfg, jax.tree.map(jax.numpy.asarray, tree)

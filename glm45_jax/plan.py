@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from glm45_jax.model import cost
-from glm45_jax.sharding import AXES, MeshShape
+from glm45_jax.sharding import AXES, MeshShape, check_batch, check_divides
 
 
 def table(exp: Any) -> str:
@@ -54,16 +53,13 @@ def _short(n: float) -> str:
 
 def check_rows(exp: Any) -> None:
     """Raises ValueError where a batch does not divide over the mesh; needs no device."""
-    ways = exp.devices()
-    if isinstance(exp.mesh, MeshShape):
-        sizes = dict(zip(AXES, exp.mesh.resolve(ways), strict=True))
-        ways = math.prod(sizes[axis] for axis in exp.rules.batch)
-    for first, rows in exp.batch_sizes():
-        if rows % ways:
-            raise ValueError(
-                f"batch of {rows} rows (from step {first}) is not a multiple of {ways} devices on "
-                f"{exp.rules.batch}; use {max(ways, rows // ways * ways)} rows or change mesh"
-            )
+    n = exp.devices()
+    for _, rows in exp.batch_sizes():
+        if isinstance(exp.mesh, MeshShape):
+            sizes = dict(zip(AXES, exp.mesh.resolve(n), strict=True))
+            check_batch(rows, sizes, exp.rules)
+        else:
+            check_divides(rows, n, "pmap devices", "mesh=Pmap(devices=...)")
 
 
 def _memory(exp: Any, rows: int) -> dict[str, float]:

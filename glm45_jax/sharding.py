@@ -153,13 +153,20 @@ def batch_axes(mesh: Mesh, rules: Rules) -> tuple[str, ...]:
     return tuple(a for a in rules.batch if mesh.shape[a] > 1)
 
 
-def check_batch(rows: int, mesh: Mesh, rules: Rules) -> None:
-    """Raises ValueError where `rows` sequences do not divide over the batch axes."""
-    n = math.prod(mesh.shape[a] for a in rules.batch)
+def check_batch(rows: int, sizes: Mapping[str, int], rules: Rules) -> None:
+    """Raises ValueError where `rows` sequences do not divide over the batch axes of a mesh with
+    these sizes (`mesh.shape`).
+    """
+    n = math.prod(sizes[a] for a in rules.batch)
+    check_divides(rows, n, f"devices on axes {rules.batch}", "mesh or rules.batch")
+
+
+def check_divides(rows: int, n: int, what: str, change: str) -> None:
+    """Raises ValueError where a batch of `rows` does not divide into `n`, with the way out."""
     if rows % n:
         raise ValueError(
-            f"batch of {rows} rows is not a multiple of {n} devices on axes {rules.batch}; "
-            f"use {max(n, rows // n * n)} rows or change mesh/rules.batch"
+            f"batch of {rows} rows is not a multiple of {n} {what}; "
+            f"use {max(n, rows // n * n)} rows or change {change}"
         )
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data.types import Batch
+from glm45_jax.metrics import Window
 from glm45_jax.train.parallel import Trainer
 from glm45_jax.train.state import Train, TrainState
 from glm45_jax.train.step import StepOut
@@ -169,7 +170,7 @@ class _Clock:
         self._last = now
         if last is None:
             return {}
-        rate = tokens / max(now - last, 1e-9)
+        rate = Window(tokens, max(now - last, 1e-9)).tokens_per_s
         return {"tokens_per_s": rate} | ({"mfu": utilisation(rate)} if utilisation else {})
 
     def skip(self) -> None:

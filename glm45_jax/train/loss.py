@@ -85,16 +85,7 @@ def loss(
     Whether GLM balances per document or per packed row is UNVERIFIED: here per document
     (docs/adr/0007).
     """
-    segments_BT = batch.segments_BT if packed else None
-    positions_BT = batch.positions_BT if packed else None
-    hidden = transformer.forward(
-        params,
-        batch.tokens_BT,
-        cfg=cfg,
-        positions_BT=positions_BT,
-        segments_BT=segments_BT,
-        keep_router_logits=False,
-    )
+    hidden = trunk(params, batch, cfg=cfg, packed=packed)
     ce = cross_entropy_sum(params, hidden.hidden_BTD, batch.targets_BT, batch.mask_BT, cfg=cfg)
     parts = {"ce": ce / _at_least_one(denominators.tokens)}
     balance, load_LE = hidden.balance_LB.sum(), hidden.load_LE
@@ -105,8 +96,7 @@ def loss(
             hidden.hidden_BTD,
             batch.tokens_BT,
             cfg=cfg,
-            positions_BT=positions_BT,
-            segments_BT=segments_BT,
+            **_documents(batch, packed),
         )
         nll = cross_entropy_sum(
             params, ahead.hidden_BTD, batch.targets_BT[:, 1:], mtp_mask(batch), cfg=cfg
@@ -119,6 +109,19 @@ def loss(
         )
     parts["balance"] = balance / _at_least_one(denominators.documents)
     return LossOut(total + weights.balance * parts["balance"], denominators.tokens, parts, load_LE)
+
+
+def trunk(params: Params, batch: Batch, *, cfg: ModelConfig, packed: bool) -> transformer.Hidden:
+    """`transformer.forward` of a batch, without the router's logits."""
+    where = _documents(batch, packed)
+    return transformer.forward(params, batch.tokens_BT, cfg=cfg, keep_router_logits=False, **where)
+
+
+def _documents(batch: Batch, packed: bool) -> dict[str, Any]:
+    """Segments and positions, where a row is more than one document."""
+    if not packed:
+        return {}
+    return {"positions_BT": batch.positions_BT, "segments_BT": batch.segments_BT}
 
 
 def cross_entropy_sum(

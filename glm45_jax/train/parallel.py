@@ -24,7 +24,7 @@ from glm45_jax.data.types import Batch
 from glm45_jax.model import transformer
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.sharding import MeshShape, Rules
-from glm45_jax.train.loss import count, cross_entropy_sum
+from glm45_jax.train.loss import count, cross_entropy_sum, trunk
 from glm45_jax.train.state import Train, TrainState, init_state
 from glm45_jax.train.step import StepOut, train_step
 
@@ -95,14 +95,7 @@ class Recipe:
 
     def nll(self, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sum of -log p over the batch's targets, and their number."""
-        hidden = transformer.forward(
-            params,
-            batch.tokens_BT,
-            cfg=self.cfg,
-            segments_BT=batch.segments_BT if self.packed else None,
-            positions_BT=batch.positions_BT if self.packed else None,
-            keep_router_logits=False,
-        )
+        hidden = trunk(params, batch, cfg=self.cfg, packed=self.packed)
         total = cross_entropy_sum(
             params, hidden.hidden_BTD, batch.targets_BT, batch.mask_BT, cfg=self.cfg
         )
@@ -154,7 +147,7 @@ def _mesh_trainer(where: MeshShape, recipe: Recipe, rules: Rules, devices: Any) 
         nll=lambda state, batch: _floats(nll(state.params, put(batch))),
         save_view=lambda state: state,
         load_view=lambda state: state,
-        check_rows=functools.partial(sharding.check_batch, mesh=mesh, rules=rules),
+        check_rows=functools.partial(sharding.check_batch, sizes=mesh.shape, rules=rules),
         abstract=jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
         ),
@@ -199,11 +192,7 @@ def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
         return state, _first_copy(out)
 
     def check_rows(rows: int) -> None:
-        if rows % total:
-            raise ValueError(
-                f"batch of {rows} rows is not a multiple of {total} pmap devices; "
-                f"use {max(total, rows // total * total)} rows or change mesh=Pmap(devices=...)"
-            )
+        sharding.check_divides(rows, total, "pmap devices", "mesh=Pmap(devices=...)")
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     first = SingleDeviceSharding(used[0])

@@ -1,8 +1,8 @@
 """Pretraining on 4,096-token rows: `tiny` (a CPU, a minute), `mini` (one accelerator), `glm45_air`,
-`glm45` (clusters).
+`glm45`, `glm46`, `glm47`, `glm47_flash` (clusters).
 
-Numbers of the large ones are the paper's (spec 5.2). Mid-training's stages follow in
-`experiments/midtrain.py`.
+Numbers of the large ones are those of the GLM-4.5 paper (spec 5.2); how the later models were
+pretrained is not published. Mid-training's stages follow in `experiments/midtrain.py`.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from glm45_jax.train.state import Train
 
 SEQ_LEN = 4096
 GLM_VOCAB = 151_365  # ids of the released tokenizer; the table is padded to 151,552 rows (spec 1.4)
+FLASH_VOCAB = 154_856  # ids of GLM-4.7-Flash's; padded to 154,880 rows
 ALL_STAGES_TOKENS, PRETRAIN_TOKENS = 23.1e12, 22e12  # one cosine ends with mid-training
 START_ROWS, ROWS, RAMP_TOKENS = 4096, 16384, 500e9  # 16M to 64M tokens
 PRETRAIN_ROPE_THETA = 1e4  # until the 32K extension
@@ -90,8 +91,31 @@ def glm45() -> Experiment:
     return _full(config.glm45(), "glm45", MeshShape(data=1, fsdp=128, expert=8))
 
 
-def _full(model: config.ModelConfig, name: str, mesh: MeshShape) -> Experiment:
-    """Stages 1 and 2 of the paper. The text and `tokenizer.json` are yours to put under corpus/."""
+def glm46() -> Experiment:
+    """GLM-4.6's shapes, which are GLM-4.5's, with GLM-4.5's recipe: this run is `glm45` by another
+    name. What differs, a context of 202,752 tokens for 131,072, comes after these stages.
+    """
+    return _full(config.glm46(), "glm46", MeshShape(data=1, fsdp=128, expert=8))
+
+
+def glm47() -> Experiment:
+    """GLM-4.7's shapes, which are GLM-4.5's, with GLM-4.5's recipe; see `glm46`."""
+    return _full(config.glm47(), "glm47", MeshShape(data=1, fsdp=128, expert=8))
+
+
+def glm47_flash() -> Experiment:
+    """GLM-4.7-Flash, 30B-A3B, on 64 accelerators, with GLM-4.5's recipe and its own tokenizer."""
+    mesh = MeshShape(data=1, fsdp=8, expert=8)
+    return _full(config.glm47_flash(), "glm47_flash", mesh, vocab=FLASH_VOCAB)
+
+
+def _full(
+    model: config.ModelConfig, name: str, mesh: MeshShape, vocab: int = GLM_VOCAB
+) -> Experiment:
+    """Stages 1 and 2 of the paper. The text and `tokenizer.json` are yours to put under corpus/.
+
+    vocab: ids of that tokenizer.
+    """
     devices = mesh.fsdp * mesh.expert * mesh.data
     ramp = BatchRamp(START_ROWS, ROWS, int(RAMP_TOKENS), SEQ_LEN, 1024)
     return Experiment(
@@ -106,7 +130,7 @@ def _full(model: config.ModelConfig, name: str, mesh: MeshShape) -> Experiment:
             ),
             seq_len=SEQ_LEN,
             packing=Cut(),  # random truncation is wanted in pretraining (spec 5.1)
-            vocab=GLM_VOCAB,
+            vocab=vocab,
             tokenizer="corpus/tokenizer.json",
         ),
         optim=Muon(lr=2.5e-4, schedule=Cosine(total=ALL_STAGES_TOKENS, end=0.1)),

@@ -139,6 +139,8 @@ def torch_peer(case: Case, cfg: config.ModelConfig) -> dict[str, Any]:
         return {"not measured": f"{error.name} is not installed"}
     if not torch.cuda.is_available():
         return {"not measured": "torch sees no GPU"}
+    if not isinstance(cfg.mixer, config.Gqa):
+        return {"not measured": f"the peer has no {type(cfg.mixer).__name__}"}
     shape = transformers.Glm4MoeConfig(
         vocab_size=cfg.vocab,
         hidden_size=cfg.d_model,

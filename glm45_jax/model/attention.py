@@ -64,6 +64,27 @@ class Gqa:
         """Entries of a head that rotate, R of spec 2.2."""
         return int(self.head_dim * self.rotary)
 
+    @property
+    def kv_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(heads, width) of the key and of the value that one token leaves in a layer's cache."""
+        return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
+
+    @property
+    def pair_flops(self) -> int:
+        """Forward FLOPs of one query that meets one key: q·k and p·v."""
+        return 2 * self.heads * 2 * self.head_dim
+
+    @property
+    def dots_width(self) -> int:
+        """Activations a token that come out of products with weights, the last one's apart."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def residual_bytes(self, act: int) -> int:
+        """Bytes a token that the backward pass reads between the block's norm and the residual add,
+        the scores of attention apart. act: bytes of an activation.
+        """
+        return (self.heads + self.kv_heads) * self.head_dim * (3 * act + 4)
+
     def specs(self, layers: int, d_model: int, std: float) -> GqaParams:
         """Plan of `layers` stacked layers."""
         L, D, N, K, H = layers, d_model, self.heads, self.kv_heads, self.head_dim

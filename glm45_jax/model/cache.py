@@ -1,5 +1,8 @@
 """Paged cache of keys and values for decoding. Letters: L layers, P pages, S slots of a page, K H.
 
+What a key and a value are is the mixer's affair (`kv_shapes`): heads and width H of the two may
+differ, and latent attention keeps one latent for all heads.
+
 A row's tokens lie in the pages its line of the table names, in order. Pages may be shared between
 rows that only read.
 """
@@ -98,15 +101,21 @@ def init_cache(
     layers: int,
     rows: int,
     max_tokens: int,
-    kv_heads: int,
-    head_dim: int,
+    key: tuple[int, int],
+    value: tuple[int, int],
     dtype: jnp.dtype,
     page: int = 16,
 ) -> KVCache:
-    """An empty cache in which every row owns ceil(max_tokens / page) pages of its own."""
+    """An empty cache in which every row owns ceil(max_tokens / page) pages of its own.
+
+    key, value: (heads, width) of what one token stores in a layer.
+    """
     per_row = -(-max_tokens // page)
-    shape = (layers, rows * per_row, page, kv_heads, head_dim)
+    pages = (layers, rows * per_row, page)
     table_BP = jnp.arange(rows * per_row, dtype=jnp.int32).reshape(rows, per_row)
     return KVCache(
-        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), table_BP, jnp.zeros(rows, jnp.int32)
+        k_LPSKH=jnp.zeros((*pages, *key), dtype),
+        v_LPSKH=jnp.zeros((*pages, *value), dtype),
+        table_BP=table_BP,
+        length_B=jnp.zeros(rows, jnp.int32),
     )

@@ -1,7 +1,7 @@
 """Model sizes as frozen values: numbers only, no arrays. The type to know is `ModelConfig`.
 
-`glm45()`, `glm45_air()`, `glm46()`, `glm47()` are the released shapes (spec 1.1); `mini()` and
-`tiny()` keep their form.
+`glm45()`, `glm45_air()`, `glm46()`, `glm47()`, `glm47_flash()` are the released shapes (spec 1.1);
+`mini()` and `tiny()` keep the form of GLM-4.5.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import dataclasses
 from typing import Literal
 
 from glm45_jax.model.attention import Gqa
+from glm45_jax.model.mla import Mla
 from glm45_jax.model.moe import Moe
 
-__all__ = ["Gqa", "Impl", "ModelConfig", "Moe"]
+__all__ = ["Gqa", "Impl", "Mla", "ModelConfig", "Moe"]
 
 Remat = Literal["none", "full", "dots", "outputs"]
 VOCAB = 151_552  # rows of the released embedding; ids from 151,365 on are padding (spec 1.4)
+FLASH_VOCAB = 154_880  # the same for GLM-4.7-Flash; ids from 154,856 on are padding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class ModelConfig:
     n_mtp: int = 1
     d_mlp: int = 12288
     norm_eps: float = 1e-5
-    mixer: Gqa = Gqa()
+    mixer: Gqa | Mla = Gqa()
     moe: Moe = Moe()
     init_std: float = 0.02
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -87,13 +89,28 @@ def glm45_air() -> ModelConfig:
 
 
 def glm46() -> ModelConfig:
-    """GLM-4.6: the shapes of GLM-4.5, a longer context. Source: spec 1.1."""
+    """GLM-4.6: the shapes of GLM-4.5. Only the context is longer, 202,752 for 131,072 tokens, and
+    no weight knows it. Source: spec 1.1.
+    """
     return glm45()
 
 
 def glm47() -> ModelConfig:
-    """GLM-4.7: the shapes of GLM-4.5. Source: spec 1.1."""
-    return glm45()
+    """GLM-4.7: the shapes and the context of GLM-4.6. Source: spec 1.1."""
+    return glm46()
+
+
+def glm47_flash() -> ModelConfig:
+    """GLM-4.7-Flash, 30B-A3B: latent attention, a vocabulary of its own. Source: spec 1.1."""
+    return ModelConfig(
+        vocab=FLASH_VOCAB,
+        d_model=2048,
+        n_dense=1,
+        n_moe=46,
+        d_mlp=10240,
+        mixer=Mla(),
+        moe=Moe(experts=64, top_k=4, d_expert=1536, scale=1.8),
+    )
 
 
 def mini(vocab: int = 32768) -> ModelConfig:

@@ -23,6 +23,7 @@ from glm45_jax import sharding
 from glm45_jax.kernels.cross_entropy import chunk_words
 from glm45_jax.model.block import block_specs
 from glm45_jax.model.config import ModelConfig
+from glm45_jax.model.expert_parallel import Layout, default_exchange, layout
 from glm45_jax.model.transformer import specs
 
 # Dense bfloat16 FLOP/s of one chip; the first kind that the device's name contains counts.
@@ -117,7 +118,7 @@ def flops_per_token(
     """
     factor = 3.0 if training else 1.0
     keys = (seq_len + 1) / 2
-    scores = 2 * keys * 2 * cfg.mixer.heads * cfg.mixer.head_dim  # q·k and p·v
+    scores = keys * cfg.mixer.pair_flops
     head = 2.0 * cfg.vocab * cfg.d_model
     parts = dict.fromkeys((f.name for f in dataclasses.fields(Flops)), 0.0)
     for path, spec in plan.leaves_with_path(specs(cfg)):
@@ -167,7 +168,7 @@ def memory_per_device(
     leaves = [s for _, s in plan.leaves_with_path(weights)]
     held = float(sum(_local_bytes(s, s.dtype, sizes, rules) for s in leaves))
     act = jnp.dtype(cfg.dtype).itemsize
-    saved, block, dispatch = _activations(cfg, act)
+    saved, block, dispatch = _activations(cfg, act, sizes, rules)
     terms = {
         "parameters": held,
         "gradients": held,
@@ -219,20 +220,21 @@ def _optimizer_bytes(
     return sum(jax.tree.leaves(jax.tree.map(one, state, plan.owners(weights, state))))
 
 
-def _activations(cfg: ModelConfig, act: int) -> tuple[float, float, float]:
+def _activations(
+    cfg: ModelConfig, act: int, sizes: Mapping[str, int], rules: sharding.Rules
+) -> tuple[float, float, float]:
     """Bytes a token: saved by the remat policy, of one block's backward pass, of its expert rows.
 
     act: bytes of an activation. The factors count the residuals that the code of a block leaves at
     `remat="none"`, float32 ones apart; the tests hold them against its trace.
     """
-    D, H = cfg.d_model, cfg.mixer.head_dim
-    N, K = cfg.mixer.heads * H, cfg.mixer.kv_heads * H  # widths of queries and of keys
+    D = cfg.d_model
     shared = cfg.moe.shared * cfg.moe.d_expert
-    mixer = D * (4 * act + 8) + (N + K) * (3 * act + 4)
+    mixer = D * (4 * act + 8) + cfg.mixer.residual_bytes(act)
     dense = mixer + 6 * act * cfg.d_mlp
     router = D * (act + 4) + 20 * cfg.moe.experts  # float32
     moe = mixer + router + 6 * act * shared
-    dispatch = cfg.moe.top_k * (2 * D + 6 * cfg.moe.d_expert) * act if cfg.n_moe else 0
+    dispatch = _dispatch_bytes(cfg, act, sizes, rules) if cfg.n_moe else 0.0
     n_moe = cfg.n_moe + cfg.n_mtp
     dots = {"dense": 2 * cfg.d_mlp * act, "moe": 2 * shared * act + 4 * cfg.moe.experts}
     match cfg.remat:
@@ -243,7 +245,7 @@ def _activations(cfg: ModelConfig, act: int) -> tuple[float, float, float]:
         case "outputs":
             saved = (cfg.n_dense + n_moe) * 2 * D * act
         case "dots":
-            mixer = (2 * D + N + 2 * K) * act
+            mixer = (2 * D + cfg.mixer.dots_width) * act
             saved = cfg.n_dense * (mixer + dots["dense"]) + n_moe * (mixer + dots["moe"])
     return float(saved), float(moe if n_moe else dense), float(dispatch)
 
@@ -253,8 +255,8 @@ def _layer_weights(
 ) -> float:
     """Bytes of one layer's weights as a block uses them: gathered, in the compute dtype.
 
-    Only tensor parallelism splits them still; experts are gathered whole. Zero where a block uses
-    the weights as they are stored.
+    Tensor parallelism splits them still, and experts lie on their devices unless the exchange
+    gathers them. Zero where a block uses the weights as they are stored.
     """
     layer = [s for _, s in plan.leaves_with_path(block_specs(cfg, 1, dense=not cfg.n_moe))]
     kept = {a: n if a in (*rules.heads, *rules.mlp) else 1 for a, n in sizes.items()}
@@ -263,9 +265,37 @@ def _layer_weights(
     for spec in layer:
         as_stored = one_device and jnp.dtype(spec.dtype).itemsize == act
         if spec.kind == "matrix" and not as_stored:
-            whole = "experts" in spec.axes
-            total += spec.size * act if whole else _local_bytes(spec, cfg.dtype, kept, rules)
+            routed = "experts" in spec.axes
+            share = _held_experts(cfg, sizes, rules) if routed else 0.0
+            total += spec.size * share * act or _local_bytes(spec, cfg.dtype, kept, rules)
     return total
+
+
+def _dispatch_bytes(
+    cfg: ModelConfig, act: int, sizes: Mapping[str, int], rules: sharding.Rules
+) -> float:
+    """Bytes a token of one mixture's expert rows."""
+    exchange, lay = _exchange(cfg, sizes, rules)
+    width = cfg.moe.d_expert / sharding.ways(lay.mlp, sizes)
+    row, size = (2 * cfg.d_model + 6 * width) * act, lay.group.size
+    return exchange.residual_bytes(row, size=size, moe=cfg.moe, d_model=cfg.d_model, act=act)
+
+
+def _held_experts(cfg: ModelConfig, sizes: Mapping[str, int], rules: sharding.Rules) -> float:
+    """Share of a layer's routed weights that one device holds while it multiplies."""
+    exchange, lay = _exchange(cfg, sizes, rules)
+    group = 1 if exchange.gathers_experts else lay.group.size
+    return 1 / (sharding.ways(lay.mlp, sizes) * group)
+
+
+def _exchange(
+    cfg: ModelConfig, sizes: Mapping[str, int], rules: sharding.Rules
+) -> tuple[Any, Layout]:
+    """How tokens meet experts on this mesh, and where both lie."""
+    moe = cfg.moe
+    lay = layout(sizes, rules, experts=moe.experts, d_model=cfg.d_model, width=moe.d_expert)
+    # The platform is not known here; the exchanges it decides between have the same buffers.
+    return rules.exchange or default_exchange(lay.group.size, "gpu")[0], lay
 
 
 @functools.cache

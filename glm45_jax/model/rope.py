@@ -1,5 +1,5 @@
-"""Rotary position embedding of GLM-4.5: the first `rotary_dim` entries of a head rotate, half-split
-pairs (spec 2.2).
+"""Rotary position embedding (spec 2.2): the first `rotary_dim` entries of a head rotate, in
+half-split pairs; interleaved pairs are brought into that order first.
 """
 
 from __future__ import annotations
@@ -40,3 +40,11 @@ def rotate(x_BTNH: jax.Array, r: Rotation) -> jax.Array:
     return jnp.concatenate(
         [a * r.cos_BT1R - b * r.sin_BT1R, b * r.cos_BT1R + a * r.sin_BT1R, rest], axis=-1
     )
+
+
+def deinterleave(x_BTNH: jax.Array) -> jax.Array:
+    """`x` with its pairs (2j, 2j + 1) at (j, j + H / 2), where `rotate` turns them.
+
+    They stay there: q·k does not ask in which order the entries of both lie.
+    """
+    return jnp.concatenate([x_BTNH[..., 0::2], x_BTNH[..., 1::2]], axis=-1)

@@ -169,12 +169,13 @@ def make_flow(
 
 def empty_cache(cfg: ModelConfig, *, rows: int, max_tokens: int, page: int = 16) -> KVCache:
     """A cache for `decode`: `rows` rows of up to `max_tokens` tokens."""
+    key, value = cfg.mixer.kv_shapes
     return init_cache(
         layers=cfg.n_layers,
         rows=rows,
         max_tokens=max_tokens,
-        kv_heads=cfg.mixer.kv_heads,
-        head_dim=cfg.mixer.head_dim,
+        key=key,
+        value=value,
         dtype=compute_dtype(cfg),
         page=page,
     )

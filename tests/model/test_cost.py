@@ -16,6 +16,8 @@ from glm45_jax.optim.mixed import AdamW
 from glm45_jax.optim.muon import Muon
 
 TINY = config.tiny()
+TINY_MLA = dataclasses.replace(TINY, mixer=config.Mla(4, 48, 32, 16, 8, v_dim=20))
+mixers = pytest.mark.parametrize("tiny", [TINY, TINY_MLA], ids=("gqa", "mla"))
 
 
 @pytest.mark.parametrize(
@@ -23,8 +25,9 @@ TINY = config.tiny()
     [
         (config.glm45(), (351.25, 355.23, 0.776, 358.34, 32.08, 32.86)),
         (config.glm45_air(), (105.61, 107.99, 0.621, 110.47, 12.18, 12.80)),
+        (config.glm47_flash(), (29.31, 29.95, 0.317, 31.22, 3.26, 3.58)),
     ],
-    ids=("glm45", "air"),
+    ids=("glm45", "air", "flash"),
 )
 def test_parameter_counts_are_the_published_ones_to_every_digit_shown(cfg, billions):
     n = cost.param_counts(cfg)
@@ -34,9 +37,15 @@ def test_parameter_counts_are_the_published_ones_to_every_digit_shown(cfg, billi
         assert round(count / 1e9, digits) == shown
 
 
-def test_parts_of_a_model_sum_to_all_its_trained_weights():
-    n = cost.param_counts(TINY)
-    assert n.body_and_mtp + 2 * n.embedding == params.count(transformer.specs(TINY))
+def test_flash_with_its_vocabulary_and_without_mtp_is_the_30b_of_its_name():
+    n = cost.param_counts(config.glm47_flash())
+    assert round((n.body + 2 * n.embedding) / 1e9, 2) == 29.94
+
+
+@mixers
+def test_parts_of_a_model_sum_to_all_its_trained_weights(tiny):
+    n = cost.param_counts(tiny)
+    assert n.body_and_mtp + 2 * n.embedding == params.count(transformer.specs(tiny))
 
 
 def test_a_token_that_meets_every_expert_meets_every_weight():
@@ -52,6 +61,8 @@ def test_flops_of_a_token_are_six_an_active_weight_plus_scores():
     assert_allclose(flops.total - flops.attention_scores, six, rtol=1e-4)
     assert_allclose(flops.attention_scores, 3 * 2 * 4097 * 96 * 128 * 92, rtol=1e-12)
     assert flops.mtp == 0.0
+    flash = cost.flops_per_token(config.glm47_flash(), 4096)
+    assert_allclose(flash.attention_scores, 3 * 4097 * 20 * (192 + 64 + 256) * 47, rtol=1e-12)
 
 
 def test_training_costs_three_forwards_and_mtp_adds_only_its_part():
@@ -61,13 +72,14 @@ def test_training_costs_three_forwards_and_mtp_adds_only_its_part():
     assert_allclose(train.total - train.mtp, without.total)
 
 
-def test_flops_are_xlas_but_for_padding_and_masked_scores():
+@mixers
+def test_flops_are_xlas_but_for_padding_and_masked_scores(tiny):
     # One layer of each kind: XLA counts the body of a scan once, whatever its length. XLA sees
     # also the masked half of the scores (here 6% of all), blocks padded to 64 rows (at most 8% of
     # the routed rows), and elementwise work; it sees no product that `cost` does not.
     B, T = 64, 32
     impl = config.Impl(attention="reference", grouped_matmul="blocked")
-    cfg = dataclasses.replace(TINY, n_mtp=0, n_moe=1, impl=impl)
+    cfg = dataclasses.replace(tiny, n_mtp=0, n_moe=1, impl=impl)
 
     def logits(p, tokens_BT):
         return transformer.logits(p, transformer.forward(p, tokens_BT, cfg=cfg), cfg=cfg)
@@ -163,11 +175,12 @@ def bytes_a_layer(cfg, T, moe):
     return ((at(3, 8) - at(2, 8)) - (at(3, 4) - at(2, 4))) / (4 * T)
 
 
+@mixers
 @pytest.mark.parametrize("moe", [False, True], ids=("dense", "moe"))
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "outputs"])
-def test_saved_activations_are_what_a_trace_saves(remat, moe):
+def test_saved_activations_are_what_a_trace_saves(remat, moe, tiny):
     T, rows, act = 32, 8, 2
-    cfg = dataclasses.replace(TINY, dtype="bfloat16", remat=remat, n_mtp=0, n_dense=1, n_moe=1)
+    cfg = dataclasses.replace(tiny, dtype="bfloat16", remat=remat, n_mtp=0, n_dense=1, n_moe=1)
     traced = bytes_a_layer(cfg, T, moe)
     if remat == "none":  # the reference keeps scores in float32 and once more in bfloat16
         traced -= T * cfg.mixer.heads * (4 + act)

@@ -2,6 +2,8 @@
 from the softmax.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,12 @@ from glm45_jax import params as params_lib
 from glm45_jax.model import config, transformer
 from glm45_jax.rollout.sampling import generate, sample_token
 
+LATENT = config.Mla(heads=3, q_rank=20, kv_rank=14, nope_dim=12, rope_dim=6, v_dim=10)
 
-@pytest.fixture(scope="module")
-def tiny():
-    cfg = config.tiny()
+
+@pytest.fixture(scope="module", params=[config.tiny().mixer, LATENT], ids=("gqa", "mla"))
+def tiny(request):
+    cfg = dataclasses.replace(config.tiny(), mixer=request.param)
     params = params_lib.init(transformer.specs(cfg), jax.random.key(0))
     return cfg, jax.tree.map(lambda w: w * 4 if w.ndim > 2 else w, params)
 

@@ -2,8 +2,8 @@
 
 Byte-level BPE as in GLM-4.5: GPT-4 style splitting, no normalizer, nothing added at either end, the
 36 GLM tokens after the base vocabulary. The type to know is `Tokenizer`, a plain wrapper over the
-`tokenizer.json` format. Text is untrusted unless said otherwise: `<|endoftext|>` written in a
-document is thirteen characters, not the token. Source: spec 1.4.
+released `tokenizer.json`; `check_model` holds it against a model. Text is untrusted unless said
+otherwise: `<|endoftext|>` in a document is thirteen characters, not the token. Source: spec 1.4.
 """
 
 import hashlib
@@ -27,6 +27,8 @@ class SpecialToken(NamedTuple):
 
 
 END_OF_TEXT = "<|endoftext|>"
+# What ends a turn: the end of everything, the next user turn, the wait for a tool's answer.
+STOP_TOKENS = (END_OF_TEXT, "<|user|>", "<|observation|>")
 
 # In the order of their ids. Think, tool, argument, box, image and video tokens are not special, so
 # that a decode which skips special tokens still shows reasoning and tool calls. Source: spec 1.4.
@@ -69,6 +71,27 @@ SPECIAL_TOKENS: tuple[SpecialToken, ...] = (
     SpecialToken("<|video|>", False),
 )
 
+
+class Release(NamedTuple):
+    """Where a family has the GLM tokens, in their order from `first`, and which are special."""
+
+    name: str
+    first: int  # id of <|endoftext|>: the size of the base vocabulary
+    rows: int  # of the model's table; those after the GLM tokens are padding
+    tokens: tuple[SpecialToken, ...]
+
+
+FLASH_SPECIAL = 18  # GLM-4.7-Flash: only the first so many are special
+RELEASES = (
+    Release("GLM-4.5, 4.6 and 4.7", 151_329, 151_552, SPECIAL_TOKENS),
+    Release(
+        "GLM-4.7-Flash",
+        154_820,
+        154_880,
+        tuple(t._replace(special=at < FLASH_SPECIAL) for at, t in enumerate(SPECIAL_TOKENS)),
+    ),
+)
+
 # Contractions of any case, a word with at most one leading mark, digits in runs of 1-3, marks with
 # the line ends after them, blank lines, spaces (all but the one that belongs to the next word).
 SPLIT_PATTERN = (
@@ -88,8 +111,11 @@ class Tokenizer:
         spec = _parsed(json_text)
         self._full = tokenizers.Tokenizer.from_str(json_text)
         # The library always recognises added tokens inside text, so untrusted text goes through a
-        # twin that has none.
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+        # twin that has none (nor their words, where a file lists them in the base vocabulary too).
+        added = {token["content"] for token in spec.get("added_tokens") or ()}
+        base = {word: at for word, at in spec["model"]["vocab"].items() if word not in added}
+        plain = spec | {"added_tokens": [], "model": spec["model"] | {"vocab": base}}
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
         self._vocab = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
 
     @property
@@ -115,6 +141,68 @@ class Tokenizer:
                 "the GLM tokens are listed in glm45_jax.tokenizer.SPECIAL_TOKENS"
             )
         return token_id
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn: of `<|endoftext|>`, `<|user|>`, `<|observation|>`, as released.
+
+        Raises: ValueError when the vocabulary lacks one.
+        """
+        return tuple(self.id_of(token) for token in STOP_TOKENS)
+
+    def check_model(
+        self, *, rows: int, eos: int | Sequence[int] | None = None, pad: int | None = None
+    ) -> None:
+        """Returns if a model of `rows` embedding rows speaks this tokenizer's ids.
+
+        eos, pad: `eos_token_id` and `pad_token_id` of its config.json, where it has them; eos may
+        leave out stop ids but `<|endoftext|>`. A table as large as a released one must have the GLM
+        tokens where that release has them.
+
+        Raises: ValueError that names everything that does not fit.
+        """
+        found = [self._full.token_to_id(token.text) for token in SPECIAL_TOKENS]
+        if wrong := self._misplaced(found, rows):
+            problems = [wrong]
+        else:
+            problems = _other_ids("eos_token_id", eos, self.stop_ids)
+            problems += _other_ids("pad_token_id", pad, self.stop_ids[:1])
+        # Flags of other tokens differ between releases and do no harm.
+        flags = {token.content: token.special for token in self._added.values()}
+        hidden = [t.text for t in SPECIAL_TOKENS if not t.special and flags.get(t.text)]
+        if hidden:
+            problems.append(
+                f"{', '.join(hidden)} are special, so decoding would lose reasoning and calls"
+            )
+        if problems:
+            raise ValueError(
+                f"tokenizer and model do not fit: {'; '.join(problems)}. Use tokenizer.json and "
+                "config.json of one release, or correct the config"
+            )
+
+    @property
+    def _added(self) -> dict[int, tokenizers.AddedToken]:
+        return self._full.get_added_tokens_decoder()
+
+    def _misplaced(self, found: list[int | None], rows: int) -> str:
+        """What is wrong with the ids of the GLM tokens for a table of so many rows; else empty."""
+        missing = [t.text for t, at in zip(SPECIAL_TOKENS, found, strict=True) if at is None]
+        if missing:
+            return f"the tokenizer lacks {', '.join(missing)}"
+        ours = next(
+            (release.name for release in RELEASES if release.first == found[0]), "no release"
+        )
+        if self.vocab > rows:
+            return f"the tokenizer has {self.vocab} ids ({ours}), the model {rows} rows"
+        known = next((release for release in RELEASES if release.rows == rows), None)
+        first = known.first if known else found[0]
+        for at, (token, got) in enumerate(
+            zip(SPECIAL_TOKENS, found, strict=True), start=first or 0
+        ):
+            if got != at:
+                where = f"in {known.name} ({rows} rows)" if known else "by the order of the release"
+                return f"{token.text} is id {got} ({ours}), {where} it is {at}"
+        return ""
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of the text; nothing is added at either end.
@@ -155,15 +243,43 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """The tokenizer of a `tokenizer.json` (path is that file or its folder).
 
-        Raises: ValueError when the file is missing, damaged or no BPE tokenizer.
+        A `tokenizer_config.json` beside it must say the same of the added, eos and pad tokens.
+
+        Raises: ValueError when the file is missing, damaged, no BPE tokenizer, or at odds with the
+        other.
         """
         file = _json_file(path)
         if not file.is_file():
             raise ValueError(f"no tokenizer at {file}; train one (train_bpe) or copy one there")
         try:
-            return cls(file.read_text(encoding="utf-8"))
+            tokenizer = cls(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"cannot read the tokenizer {file}: {error}") from error
+        config = file.with_name("tokenizer_config.json")
+        if file.name == "tokenizer.json" and config.is_file():
+            tokenizer._check_config(config)
+        return tokenizer
+
+    def _check_config(self, file: Path) -> None:
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON ({error}); copy it again or remove it") from error
+        said = {
+            entry["content"]: int(at)
+            for at, entry in (config.get("added_tokens_decoder") or {}).items()
+        }
+        for name in ("eos_token", "pad_token"):
+            token = config.get(name)
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None:
+                said.setdefault(token, self.id_of(token))
+        for token, at in said.items():
+            if (got := self._full.token_to_id(token)) != at:
+                raise ValueError(
+                    f"{file} gives {token!r} id {at}, tokenizer.json {got}; "
+                    "they are of two releases, copy both from one"
+                )
 
     def _coder(self, allow_special: bool) -> tokenizers.Tokenizer:
         return self._full if allow_special else self._plain
@@ -236,6 +352,14 @@ def _parsed(json_text: str) -> dict[str, Any]:
     if kind != "BPE":
         raise ValueError(f"model type {kind!r}, expected 'BPE'; give a byte-level BPE tokenizer")
     return spec
+
+
+def _other_ids(name: str, given: int | Sequence[int] | None, ours: Sequence[int]) -> list[str]:
+    """One complaint where a config's ids are not the tokenizer's; it may leave some out."""
+    given = [given] if isinstance(given, int) else given
+    if given is None or (ours[0] in given and set(given) <= set(ours)):
+        return []
+    return [f"{name} is {list(given)}, the tokenizer says {list(ours)}"]
 
 
 def _json_file(path: str | Path) -> Path:

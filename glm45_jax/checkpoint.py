@@ -12,7 +12,6 @@ import difflib
 import json
 import logging
 import os
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,12 +23,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from glm45_jax import integrity, streamed
+
 _logger = logging.getLogger(__name__)
 
 _ITEM = "state"
 _SIDECARS = "sidecars.json"
 _INTEGRITY = "integrity.json"
-_READ_BYTES = 16 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 _READ_THREADS = 8
 _SAVE_TIMEOUT_SECONDS = 3600
 _KEY_IMPLS = ("threefry2x32", "rbg", "unsafe_rbg")
@@ -44,6 +45,16 @@ class Restored:
     """A state in the tree and shardings that were asked for, and what was saved beside it."""
 
     state: Any
+    sidecars: dict[str, Any]
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """A step whose files are as they were written. leaves: 'dtype[shape]' by leaf name."""
+
+    item: epath.Path
+    leaves: dict[str, str]
     sidecars: dict[str, Any]
     step: int
 
@@ -143,6 +154,20 @@ class Checkpoints:
 
         return self._newest_good(load) if step is None else load(step)
 
+    def verified(self, step: int | None = None) -> "Verified":
+        """Where the arrays of `step`, or of the newest undamaged step, lie; all files checked.
+
+        Raises: FileNotFoundError and DamagedError as `restore`.
+        """
+        self.wait()
+
+        def load(step: int) -> Verified:
+            item = self._item(step)
+            leaves = _verified(item)
+            return Verified(item, leaves, json.loads((item / _SIDECARS).read_text()), step)
+
+        return self._newest_good(load) if step is None else load(step)
+
     def steps(self) -> list[int]:
         """Committed steps, oldest first, damaged or not; none that is half written or set aside."""
         if not self._directory.exists():
@@ -227,17 +252,20 @@ def leaf_names(tree: Any) -> dict[str, Any]:
     return named
 
 
-def _to_save(state: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
+def _to_save(state: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """Plain arrays with at least one element by name, and 'dtype[shape]' of every leaf by name."""
-    arrays, leaves = {}, {}
+    arrays: dict[str, Any] = {}
+    leaves: dict[str, str] = {}
     for name, leaf in leaf_names(state).items():
-        if not isinstance(leaf, jax.Array):
+        if not isinstance(leaf, jax.Array | streamed.Streamed):
             raise ValueError(
                 f"leaf {name} is a {type(leaf).__name__}; make it a jax.Array to save it"
             )
         leaves[name] = _describe(leaf)
         if leaf.size:
-            arrays[name] = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+            arrays[name] = leaf
+            if isinstance(leaf, jax.Array) and _is_key(leaf):
+                arrays[name] = jax.random.key_data(leaf)
     return arrays, leaves
 
 
@@ -330,14 +358,16 @@ class _StepHandler(ocp.AsyncCheckpointHandler):
     """Orbax's array handler, plus the sidecars and the integrity file before the commit."""
 
     def __init__(self):
-        self._arrays = ocp.PyTreeCheckpointHandler()
+        self._arrays = ocp.PyTreeCheckpointHandler(type_handler_registry=streamed.registry())
         self._args: _StepSave | None = None
 
     async def async_save(self, directory: epath.Path, args: _StepSave) -> list[ocp.future.Future]:
         self._args = args
         futures: list[ocp.future.Future] = []
         if args.arrays:
-            save = ocp.args.PyTreeSave(args.arrays)
+            # Small chunks: another mesh, or a reader of one expert, reads only what it wants.
+            chunked = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+            save = ocp.args.PyTreeSave(args.arrays, dict.fromkeys(args.arrays, chunked))
             futures.extend(await self._arrays.async_save(directory, args=save) or [])
             self._args = dataclasses.replace(args, arrays={})
         return [ocp.future.ChainedFuture(futures, lambda: _write_own_checksums(directory))]
@@ -387,30 +417,6 @@ def _is_committed(path: epath.Path) -> bool:
     return path.is_dir()
 
 
-def _checksum(path: epath.Path) -> tuple[int, int]:
-    size = crc = 0
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            size += len(block)
-            crc = zlib.crc32(block, crc)
-    return size, crc
-
-
-def _checksums(root: epath.Path, names: list[str]) -> dict[str, tuple[int, int]]:
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _checksum(root / name), names), strict=True))
-
-
-def _files(root: epath.Path, below: str = "") -> list[str]:
-    """Every file under `root / below`, relative to `root`; none if that is not there."""
-    folder = root / below if below else root
-    names: list[str] = []
-    for path in sorted(folder.iterdir()) if folder.exists() else []:
-        name = f"{below}/{path.name}" if below else path.name
-        names.extend(_files(root, name) if path.is_dir() else [name])
-    return names
-
-
 def _own_name(process: int) -> str:
     return f"integrity.process_{process}.json"
 
@@ -418,7 +424,9 @@ def _own_name(process: int) -> str:
 def _write_own_checksums(directory: epath.Path) -> None:
     """None; each process sums the files it wrote, so that none reads the whole checkpoint."""
     process = jax.process_index()
-    own = _checksums(directory, _files(directory, f"ocdbt.process_{process}"))
+    own = integrity.of_files(
+        directory, integrity.files_below(directory, f"ocdbt.process_{process}")
+    )
     (directory / _own_name(process)).write_text(json.dumps(own))
 
 
@@ -428,15 +436,11 @@ def _write_integrity(directory: epath.Path, leaves: dict[str, str]) -> None:
         path = directory / _own_name(process)
         files.update(json.loads(path.read_text()))
         path.unlink()
-    rest = [name for name in _files(directory) if name not in files]
-    files.update(_checksums(directory, rest))
+    rest = [name for name in integrity.files_below(directory) if name not in files]
+    files.update(integrity.of_files(directory, rest))
     body = {"leaves": leaves, "files": files}
-    text = json.dumps({"crc32": _crc_of(body), "body": body}, sort_keys=True)
+    text = json.dumps({"crc32": integrity.of_json(body), "body": body}, sort_keys=True)
     (directory / _INTEGRITY).write_text(text)
-
-
-def _crc_of(body: Any) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
 def _read_integrity(item: epath.Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
@@ -446,14 +450,14 @@ def _read_integrity(item: epath.Path) -> tuple[dict[str, str], dict[str, tuple[i
         crc, body = whole["crc32"], whole["body"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{_INTEGRITY} cannot be read: {error!r}") from error
-    if crc != _crc_of(body):
-        raise DamagedError(f"{_INTEGRITY} has CRC-32 {_crc_of(body)}, {crc} was written")
+    if crc != integrity.of_json(body):
+        raise DamagedError(f"{_INTEGRITY} has CRC-32 {integrity.of_json(body)}, {crc} was written")
     return body["leaves"], {name: (size, crc) for name, (size, crc) in body["files"].items()}
 
 
 def _file_problem(item: epath.Path, name: str, size: int, crc: int) -> str | None:
     try:
-        found_size, found_crc = _checksum(item / name)
+        found_size, found_crc = integrity.of_file(item / name)
     except OSError as error:
         return f"{name} cannot be read: {error!r}"
     if found_size != size:

@@ -23,7 +23,7 @@ from glm45_jax.data import ngram
 from glm45_jax.data.prepare import Data, Prepared, prepare
 from glm45_jax.data.prepare import rows as data_rows
 from glm45_jax.data.types import Batch
-from glm45_jax.model import cost, transformer
+from glm45_jax.model import cost
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.optim.mixed import AdamW
 from glm45_jax.optim.muon import Muon
@@ -248,10 +248,14 @@ def _initial(exp: Experiment, trainer: Trainer) -> TrainState:
     view = trainer.save_view(state)
     layout = jax.tree.map(lambda x: x.sharding, view.params)
     if isinstance(exp.init, FromHF):
-        cfg, params = hf.load(exp.init.path)
-        if transformer.specs(cfg) != transformer.specs(exp.model):
-            raise ValueError(f"{exp.init.path} holds {cfg}, the experiment wants {exp.model}")
-        params = jax.tree.map(lambda new, old: new.astype(old.dtype), params, view.params)
+        # Straight into the layout of the run; the random weights make room first.
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), view.params
+        )
+        for leaf in jax.tree.leaves(view.params):
+            leaf.delete()
+        cfg, params = hf.restore(exp.init.path, wanted)
+        _warn_of_numbers(cfg, exp)
     else:
         # Only the weights are asked for: the other run may have had another optimizer.
         wanted = {"params": trainer.abstract.params}
@@ -261,6 +265,15 @@ def _initial(exp: Experiment, trainer: Trainer) -> TrainState:
             .state["params"]
         )
     return trainer.load_view(view.replace(params=jax.device_put(params, layout)))
+
+
+def _warn_of_numbers(cfg: ModelConfig, exp: Experiment) -> None:
+    """None; logs what the weights were trained with and the experiment has otherwise (a stage may
+    want that: the RoPE base is raised before long contexts).
+    """
+    for key, theirs, ours in values.diff(cfg, exp.model):
+        if key.startswith(("mixer", "moe", "norm_eps")):
+            log.warning("%s: %s %r there, %r in the experiment", exp.name, key, theirs, ours)
 
 
 def _train(ready: _Ready) -> tuple[TrainState, Outcome]:

@@ -321,6 +321,41 @@ class Progress:
         self._stream.flush()
 
 
+class ByteProgress:
+    """Bytes done of a long read or write, and bytes a second: a bar, or a log line now and then."""
+
+    def __init__(self, total: int, what: str, *, seconds: float = 10.0):
+        self._total, self._what, self._seconds = total, what, seconds
+        self._done, self._began = 0, time.monotonic()
+        self._logged = self._began
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True)
+
+    def add(self, n: int) -> None:
+        """None; `n` more bytes are done."""
+        self._done += n
+        if self._bar is not None:
+            self._bar.update(n)
+        elif time.monotonic() - self._logged >= self._seconds:
+            self._log()
+
+    def close(self) -> None:
+        """None; says how many bytes there were and how fast."""
+        if self._bar is not None:
+            self._bar.close()
+        self._log()
+
+    def _log(self) -> None:
+        self._logged = time.monotonic()
+        rate = self._done / max(self._logged - self._began, 1e-9)
+        _logger.info(
+            "%s: %sB of %sB, %sB/s", self._what, short(self._done), short(self._total), short(rate)
+        )
+
+
 def _shown(scalars: Mapping[str, float]) -> Sequence[str]:
     """The few numbers worth a look, of those that are there."""
     parts = []

@@ -10,7 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    ("params", "sharding", "values", "checkpoint", "metrics", "tokenizer", "chat"),
+    ("params", "sharding", "values", "integrity", "streamed", "checkpoint")
+    + ("metrics", "tokenizer", "chat"),
     ("kernels", "optim"),
     ("model", "data", "envs"),
     ("hf",),

@@ -29,7 +29,7 @@ from glm45_jax.optim.mixed import AdamW
 from glm45_jax.optim.muon import Muon
 from glm45_jax.rollout.sampling import generate
 from glm45_jax.sharding import MeshShape, Rules
-from glm45_jax.tokenizer import END_OF_TEXT
+from glm45_jax.tokenizer import END_OF_TEXT, Tokenizer
 from glm45_jax.train.loop import Outcome, Validate, resume, run_steps
 from glm45_jax.train.parallel import Pmap, Recipe, Trainer, make_trainer
 from glm45_jax.train.report import write_report
@@ -168,6 +168,7 @@ def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
         trainer.check_rows(rows)
     trainer.check_rows(exp.train.validate_rows)
     prepared = prepare(exp.data, workdir / "data")
+    _check_tokenizer(exp, prepared.tokenizer)
     source = _loader(exp, prepared, "train", exp.seed, exp.train.ramp(exp.data.seq_len).span)
     # Fixed rows, the same on every run.
     validation = _loader(exp, prepared, "val", 0, lambda step: (0, exp.train.validate_rows)).batch(
@@ -183,6 +184,20 @@ def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
         log.info("resuming at step %d", start)
     _write_claim(exp, workdir)
     return _Ready(exp, workdir, prepared, source, validation, trainer, checkpoints, state, start)
+
+
+def _check_tokenizer(exp: Experiment, tokenizer: Tokenizer) -> None:
+    """Raises ValueError where the run starts from weights that were trained on other ids."""
+    if not isinstance(exp.init, FromHF):
+        return
+    path = pathlib.Path(exp.init.path) / "tokenizer.json"
+    if not path.exists():
+        log.warning("%s is not there: nothing says whether data.tokenizer is the weights'", path)
+    elif Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+        raise ValueError(
+            f"the run's tokenizer ({exp.data.tokenizer or 'trained on its own text'}, "
+            f"{tokenizer.vocab} ids) is not the one of the weights; set data.tokenizer={path}"
+        )
 
 
 def _check_claim(exp: Experiment, workdir: pathlib.Path) -> None:

@@ -50,5 +50,5 @@ def test_a_run_starts_from_a_released_style_folder_and_refuses_another_shape():
     run = trainer(exp)
     same(run.save_view(_initial(exp, run)).params, params)
     other = dataclasses.replace(exp, model=config.tiny(vocab=cfg.vocab + 1))
-    with pytest.raises(ValueError, match=r"another model.*embed_VD: \(256, 64\) there, \(257, 64\)"):
+    with pytest.raises(ValueError, match=r"embed_VD: \(256, 64\) there, \(257, 64\)"):
         _initial(other, trainer(other))

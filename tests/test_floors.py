@@ -10,8 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
-    ("params", "sharding", "values", "integrity", "streamed", "checkpoint")
-    + ("metrics", "tokenizer", "chat"),
+    (
+        *("params", "sharding", "values", "integrity", "streamed", "checkpoint"),
+        *("metrics", "tokenizer", "chat"),
+    ),
     ("kernels", "optim"),
     ("model", "data", "envs"),
     ("hf",),

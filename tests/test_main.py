@@ -2,6 +2,7 @@
 that is wrong.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,9 +14,13 @@ import time
 import jax
 import pytest
 
+from experiments import pretrain
 from glm45_jax import main, values
+from glm45_jax.experiment import BadInput, FromHF
+from glm45_jax.hf.__main__ import main as hf_main
 from glm45_jax.metrics import read_jsonl
 from glm45_jax.plan import table as dry_run
+from glm45_jax.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = "experiments.pretrain:tiny"
@@ -186,3 +191,21 @@ def test_a_killed_process_saves_and_leaves_with_the_code_of_the_signal(tmp_path)
 
 def test_the_devices_of_these_tests_are_eight():
     assert jax.device_count() == 8
+
+
+def test_a_run_becomes_a_folder_with_its_tokenizer_and_the_next_run_starts_from_it(done, tmp_path):
+    folder = tmp_path / "released"
+    assert hf_main(["convert", str(done), str(folder)]) == 0
+    tokenizer = Tokenizer.load(folder)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == list(tokenizer.stop_ids)
+    first = values.override(pretrain.tiny(), ["train.steps=2"])
+    exp = dataclasses.replace(first, init=FromHF(str(folder)))
+    other = values.override(exp, ["data.bpe_chars=30000"])  # trains other merges
+    with pytest.raises(BadInput, match=r"set data.tokenizer=.*released/tokenizer.json"):
+        other.run(other, tmp_path / "other")
+    exp = values.override(exp, [f"data.tokenizer={folder}/tokenizer.json"])
+    outcome = exp.run(exp, tmp_path / "next")
+    assert outcome.step == 2
+    losses = [row.scalars["val/loss"] for row in read_jsonl(tmp_path / "next/metrics.jsonl")]
+    assert losses[0] < read_jsonl(done / "metrics.jsonl")[9].scalars["val/loss"] + 0.05

@@ -13,7 +13,7 @@ from typing import Any
 from glm45_jax.hf.config_json import model_config as config
 from glm45_jax.hf.names import Entry, table
 from glm45_jax.hf.place import load, restore
-from glm45_jax.hf.sources import of_params
+from glm45_jax.hf.sources import carried, of_params
 from glm45_jax.hf.writer import write_folder
 from glm45_jax.model.config import ModelConfig
 
@@ -38,7 +38,7 @@ def save(
 
     Raises: ValueError where `path` holds something already or `params` are not of `cfg`.
     """
-    source = of_params(cfg, params, None if files is None else pathlib.Path(files))
+    source = of_params(cfg, params, () if files is None else carried(pathlib.Path(files)))
     write_folder(
         path, source, dtype=dtype, fp8_block=fp8_block, max_shard_bytes=max_shard_bytes, what="save"
     )

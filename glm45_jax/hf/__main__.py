@@ -13,7 +13,6 @@ import sys
 
 from glm45_jax.checkpoint import DamagedError
 from glm45_jax.hf import convert
-from glm45_jax.hf.sources import Source
 from glm45_jax.kernels import fp8
 from glm45_jax.metrics import setup_logging, short
 
@@ -59,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(args: argparse.Namespace) -> int:
     source = convert.open_source(args.src, args.step)
-    to = args.to or ("ours" if _is_released(source, args.src) else "hf")
+    to = args.to or ("ours" if convert.is_released(pathlib.Path(args.src)) else "hf")
     dtype = _DTYPES[args.dtype]
     if to == "ours":
         if args.dtype == "fp8":
@@ -106,10 +105,6 @@ def _diff(args: argparse.Namespace) -> int:
         lines += 1
     print(f"{lines} differences" if lines else f"{len(a.entries)} tensors, the same to the bit")
     return 1 if lines else 0
-
-
-def _is_released(source: Source, path: str) -> bool:
-    return source.files is not None and str(source.files) == str(pathlib.Path(path))
 
 
 if __name__ == "__main__":

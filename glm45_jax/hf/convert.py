@@ -28,7 +28,7 @@ from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.hf import files
 from glm45_jax.hf.names import Entry, block_rows
 from glm45_jax.hf.sources import Source, leaf_dtypes, of_checkpoint, of_folder, turned
-from glm45_jax.hf.writer import carried, published, write_folder
+from glm45_jax.hf.writer import published, write_folder
 from glm45_jax.metrics import ByteProgress
 from glm45_jax.model import transformer
 from glm45_jax.streamed import Part, Streamed
@@ -40,7 +40,7 @@ def open_source(path: str | os.PathLike, step: int | None = None) -> Source:
     Raises: ValueError where it is neither.
     """
     path = pathlib.Path(path)
-    if (path / files.CONFIG).exists() or any(path.glob("*.safetensors")):
+    if is_released(path):
         return of_folder(path)
     if (path / "checkpoints").is_dir():
         return of_checkpoint(path, step)
@@ -49,6 +49,11 @@ def open_source(path: str | os.PathLike, step: int | None = None) -> Source:
     raise ValueError(
         f"{path} has neither {files.CONFIG} (a released folder) nor checkpoints/ (a run's workdir)"
     )
+
+
+def is_released(path: pathlib.Path) -> bool:
+    """Whether this is a folder of safetensors, whole or not, and no workdir."""
+    return (path / files.CONFIG).exists() or any(path.glob("*.safetensors"))
 
 
 def to_checkpoint(source: Source, path: str | os.PathLike, *, dtype: Any = None) -> None:
@@ -83,8 +88,7 @@ def to_checkpoint(source: Source, path: str | os.PathLike, *, dtype: Any = None)
             raise
         progress.close()
         (folder / "hf").mkdir()
-        config = [] if source.files is None else [source.files / files.CONFIG]
-        for file in [*carried(source.files), *(f for f in config if f.is_file())]:
+        for file in source.files:
             shutil.copyfile(file, folder / "hf" / file.name)
 
 

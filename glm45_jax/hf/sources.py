@@ -22,18 +22,20 @@ from glm45_jax import params as params_lib
 from glm45_jax import values
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.hf import config_json
-from glm45_jax.hf.files import Folder, Problems, open_folder
+from glm45_jax.hf.files import CHECKSUMS, CONFIG, INDEX, Folder, Problems, open_folder
 from glm45_jax.hf.names import Entry, table
 from glm45_jax.kernels import fp8
 from glm45_jax.model import transformer
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.streamed import open_arrays
+from glm45_jax.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
 
 Ranges = Iterable[tuple[int, int]]
 Rows = Iterator[tuple[int, int, np.ndarray]]
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
+_CARRIED = (".json", ".jinja", ".txt", ".md", ".model")
 _COMPRESSED, _BLOCKWISE = "compressed-tensors", "fp8"  # quant_method of config.json
 
 
@@ -42,14 +44,19 @@ class Source:
     """Weights of `cfg`, to be read tensor by tensor.
 
     entries: all of them. dtype: of each tensor, after dequantisation. rows: (first, last, values)
-    of an entry's row ranges, in order. files: a folder whose config and tokenizer go along.
+    of an entry's row ranges, in order. files: small files that go along, a config.json among them.
     """
 
     cfg: ModelConfig
     entries: list[Entry]
     dtype: dict[str, np.dtype]
     rows: Callable[[Entry, Ranges], Rows]
-    files: pathlib.Path | None = None
+    files: tuple[pathlib.Path, ...] = ()
+
+    @property
+    def config_file(self) -> pathlib.Path | None:
+        """The config.json that goes along."""
+        return next((file for file in self.files if file.name == CONFIG), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +87,7 @@ def of_folder(path: str | os.PathLike) -> Source:
     }
     cfg = dataclasses.replace(cfg, dtype=activations(dtypes["model.embed_tokens.weight"]))
     _check_copies(folder, entries)
+    _check_tokenizer(folder, cfg)
 
     def rows(entry: Entry, ranges: Ranges) -> Rows:
         place = places[entry.name]
@@ -89,11 +97,14 @@ def of_folder(path: str | os.PathLike) -> Source:
             first, last = first - place.first, last - place.first
             yield first, last, block if scale is None else _dequantized(block, scale, place, first)
 
-    return Source(cfg, entries, dtypes, rows, folder.path)
+    return Source(cfg, entries, dtypes, rows, carried(folder.path))
 
 
-def of_params(cfg: ModelConfig, params: Any, files: pathlib.Path | None = None) -> Source:
-    """Arrays in memory: `Params` of numpy or jax arrays, on one host."""
+def of_params(cfg: ModelConfig, params: Any, files: tuple[pathlib.Path, ...] = ()) -> Source:
+    """Arrays in memory: `Params` of numpy or jax arrays, on one host.
+
+    Raises: ValueError for leaves that are not of `cfg`, or lie on other hosts too.
+    """
     flat = jax.tree_util.tree_leaves_with_path(params)
     leaves = {params_lib.path_name(path): leaf for path, leaf in flat}
     entries = table(cfg)
@@ -136,12 +147,24 @@ def of_checkpoint(path: str | os.PathLike, step: int | None = None) -> Source:
     # Tensors that lay in another dtype than the rest of their leaf.
     dtypes |= {name: np.dtype(dtype) for name, dtype in sidecars.get("hf_dtypes", {}).items()}
     read = _rows_of(lambda e, at: leaves[e.leaf][at].read().result())
-    return Source(cfg, entries, dtypes, read, _files_of(path))
+    return Source(cfg, entries, dtypes, read, _files_of(path, sidecars))
 
 
 def activations(dtype: Any) -> Literal["bfloat16", "float32"]:
     """What a model whose weights are `dtype` computes in."""
     return "float32" if np.dtype(dtype) == np.float32 else "bfloat16"
+
+
+def carried(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
+    """Small files of a released folder: config, generation config, tokenizer, template, licence."""
+    return tuple(
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and file.name not in (INDEX, CHECKSUMS)
+        and not file.name.startswith(".")
+        and (file.suffix in _CARRIED or file.name.startswith("LICENSE"))
+    )
 
 
 def leaf_dtypes(source: Source, dtype: Any = None) -> dict[str, np.dtype]:
@@ -176,12 +199,16 @@ def _rows_of(part: Callable[[Entry, tuple[slice, ...]], Any]) -> Callable[[Entry
     return rows
 
 
-def _files_of(workdir: pathlib.Path) -> pathlib.Path | None:
-    """The released files that a conversion kept, or the tokenizer a run made."""
-    for folder in (workdir / "hf", workdir / "data"):
-        if folder.is_dir():
-            return folder
-    return None
+def _files_of(workdir: pathlib.Path, sidecars: dict[str, Any]) -> tuple[pathlib.Path, ...]:
+    """The released files that a conversion kept, or the tokenizer a run was trained with."""
+    if (workdir / "hf").is_dir():
+        return carried(workdir / "hf")
+    fingerprint = str(sidecars.get("loader", {}).get("fingerprint", ""))
+    for file in (workdir / "data").glob("*/tokenizer.json"):
+        if fingerprint and file.parent.name == f"data-{fingerprint[:16]}":
+            return (file,)
+    _logger.warning("%s: no tokenizer of this run was found; add it to the folder", workdir)
+    return ()
 
 
 def _places(folder: Folder, entries: list[Entry]) -> dict[str, _Place]:
@@ -286,6 +313,16 @@ def _dequantized(block: np.ndarray, scale: np.ndarray, place: _Place, first: int
             raise ValueError(f"row {first} of {place.tensor} is inside a block of {step}")
         part = scale[first // step : math.ceil(last / step)]
     return np.asarray(fp8.dequantize(block.view(np.uint8), part, block=place.block))
+
+
+def _check_tokenizer(folder: Folder, cfg: ModelConfig) -> None:
+    """Raises: ValueError where a tokenizer lies beside the weights and has other ids."""
+    file = folder.path / "tokenizer.json"
+    if file.exists():
+        c = folder.config
+        Tokenizer.load(file).check_model(
+            rows=cfg.vocab, eos=c.get("eos_token_id"), pad=c.get("pad_token_id")
+        )
 
 
 def _check_copies(folder: Folder, entries: list[Entry]) -> None:

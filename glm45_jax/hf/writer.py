@@ -25,9 +25,9 @@ from glm45_jax.hf.names import Entry
 from glm45_jax.hf.sources import FP8, Source
 from glm45_jax.kernels import fp8
 from glm45_jax.metrics import ByteProgress
+from glm45_jax.tokenizer import Tokenizer
 
 GENERATION = "generation_config.json"
-CARRIED = (".json", ".jinja", ".txt", ".md", ".model")  # and LICENSE
 # Names that stay as they are in an FP8 folder (spec 3.2), and the MTP layer's copy of the head,
 # which stays what it copies; `modules_to_not_convert` tells the engines.
 NOT_CONVERTED = ("norm", "embed", "mlp.gate.", "lm_head", "eh_proj", "shared_head")
@@ -107,21 +107,6 @@ def published(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def carried(folder: pathlib.Path | None) -> list[pathlib.Path]:
-    """Files of a folder that go along with the weights: tokenizer, template, generation config."""
-    if folder is None:
-        return []
-    own = {files.INDEX, files.CONFIG, files.CHECKSUMS}
-    return [
-        file
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-        and file.name not in own
-        and not file.name.startswith(".")
-        and (file.suffix in CARRIED or file.name.startswith("LICENSE"))
-    ]
 
 
 def converted(entry: Entry) -> bool:
@@ -215,17 +200,18 @@ def _write_small_files(
     folder: pathlib.Path, source: Source, fp8_block: tuple[int, int] | None
 ) -> None:
     """None; tokenizer files, config and generation config. An unchanged config keeps its bytes."""
-    for file in carried(source.files):
+    for file in source.files:
         shutil.copyfile(file, folder / file.name)
-    old = None if source.files is None else source.files / files.CONFIG
-    text = old.read_text(encoding="utf-8") if old is not None and old.is_file() else None
-    base = None if text is None else files.parse_json(text)
+    old = source.config_file
+    base = None if old is None else files.parse_json(old.read_text(encoding="utf-8"))
     config = config_json.to_json(source.cfg, base)
+    tokenizer = folder / "tokenizer.json"
+    if base is None and tokenizer.exists():
+        stop = Tokenizer.load(tokenizer).stop_ids
+        config |= {"eos_token_id": list(stop), "pad_token_id": stop[0]}
     if fp8_block is not None:
         config["quantization_config"] = _quantization(source, fp8_block)
-    if text is not None and config == base:
-        (folder / files.CONFIG).write_text(text, encoding="utf-8")
-    else:
+    if config != base:
         _write_json(folder / files.CONFIG, config)
     if not (folder / GENERATION).exists() and config.get("eos_token_id") is not None:
         ids = {key: config[key] for key in ("eos_token_id", "pad_token_id") if key in config}

@@ -1,14 +1,22 @@
 """Attention: every implementation that runs here equals the definition, and the definition keeps
 its laws.
+
+The Pallas kernels for Hopper run here in an interpreter and are lowered for CUDA; on a GPU, for
+real.
 """
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm45_jax import sharding
 from glm45_jax.kernels import attention as op
-from glm45_jax.kernels.shapes import ATTENTION
+from glm45_jax.kernels import attention_gpu as gpu
+from glm45_jax.kernels.shapes import ATTENTION, AttentionShape
 
 SMALL = [name for name, shape in ATTENTION.items() if shape.small]
 
@@ -21,13 +29,40 @@ def draw(shape, seed=0):
 
 
 def segments(shape):
-    row = np.repeat(np.arange(1, 6), 7)[: shape.T]
+    row = np.arange(shape.T) // max(7, shape.T // 5) + 1
     return jnp.asarray(np.tile(row, (shape.B, 1)).astype(np.int32)) if shape.packed else None
+
+
+def check_half(shape, segment, attention, repeats=1):
+    """Output and gradients of `attention` in bfloat16 are near the float32 definition's and equal,
+    bit for bit, in every repeat.
+    """
+    args = tuple(x.astype(jnp.bfloat16) for x in draw(shape))
+    cotangent = jax.random.normal(jax.random.key(1), args[0].shape, jnp.bfloat16)
+    exact, pull = jax.vjp(
+        functools.partial(op.reference, segments_BT=segment),
+        *(x.astype(jnp.float32) for x in args),
+    )
+
+    @jax.jit
+    def both(q, k, v, cotangent):
+        out, pull = jax.vjp(functools.partial(attention, segments_BT=segment), q, k, v)
+        return out, *pull(cotangent)
+
+    found = both(*args, cotangent)
+    for ours, theirs in zip(found, (exact, *pull(cotangent.astype(jnp.float32))), strict=True):
+        theirs = np.asarray(theirs)
+        gap = np.linalg.norm(np.asarray(ours, np.float32) - theirs) / np.linalg.norm(theirs)
+        assert gap < 4e-3, gap  # bfloat16 operands and results: 2e-3 to 3e-3
+    for _ in range(repeats - 1):
+        for first, again in zip(found, both(*args, cotangent), strict=True):
+            np.testing.assert_array_equal(first, again)
 
 
 def by_hand(q, k, v, segment):
     """float64, one query at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    segment = None if segment is None else np.asarray(segment)
     out = np.zeros_like(q)
     B, T, N, H = q.shape
     for b, t, n in np.ndindex(B, T, N):
@@ -73,6 +108,83 @@ def test_one_document_by_segments_equals_no_segments():
     q, k, v = draw(ATTENTION["tiny"])
     ones = jnp.ones(q.shape[:2], jnp.int32)
     np.testing.assert_array_equal(op.attention(q, k, v, segments_BT=ones), op.attention(q, k, v))
+
+
+@pytest.mark.parametrize("name", ["two tiles packed", "a tile and one"])
+def test_the_hopper_kernels_interpreted_equal_the_definition_forward_and_backward(name):
+    shape = ATTENTION[name]
+    tuning = gpu.Tuning(sms=2, interpret=True)
+    check_half(shape, segments(shape), functools.partial(gpu.flash_attention, tuning=tuning))
+
+
+def test_bounds_are_those_of_the_run_of_equal_segments():
+    row_BT = np.random.default_rng(0).integers(0, 3, (20, 40))
+    found = gpu.bounds(jnp.asarray(row_BT, jnp.int32))
+    begin_BT, end_BT = np.asarray(found.begin_BT), np.asarray(found.end_BT)
+    for (b, t), segment in np.ndenumerate(row_BT):
+        begin, end = begin_BT[b, t], end_BT[b, t]
+        assert begin <= t < end
+        assert (row_BT[b, begin:end] == segment).all()
+        assert begin == 0 or row_BT[b, begin - 1] != segment
+        assert end == 40 or row_BT[b, end] != segment
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("H", [64, 128])
+def test_the_hopper_kernels_lower_for_cuda_at_air_shapes(packed, H):
+    q, k = (jax.ShapeDtypeStruct((8, 4095, heads, H), jnp.bfloat16) for heads in (96, 8))
+    segment = jax.ShapeDtypeStruct((8, 4095), jnp.int32)
+
+    def loss(q, k, v, segment):
+        out = gpu.flash_attention(q, k, v, segments_BT=segment if packed else None)
+        return out.astype(jnp.float32).sum()
+
+    jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segment).lower(lowering_platforms=("cuda",))
+
+
+def test_on_a_mesh_each_device_runs_its_own_rows_and_heads(monkeypatch):
+    seen = []
+
+    def spy(q, k, v, *, segments_BT):
+        seen.append((q.shape, k.shape, segments_BT.shape))
+        return op.reference(q, k, v, segments_BT=segments_BT)
+
+    monkeypatch.setattr(gpu, "flash_attention", spy)
+    shape = dataclasses.replace(ATTENTION["tiny packed"], B=4)
+    q, k, v = draw(shape)
+    alone = op.reference(q, k, v, segments_BT=segments(shape))
+    mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, tensor=2))
+    with sharding.use(mesh, sharding.Rules()):
+        out = jax.jit(op._mosaic)(q, k, v, segments_BT=segments(shape))
+    np.testing.assert_allclose(out, alone, atol=1e-6)
+    assert seen == [((1, 24, 3, 16), (1, 24, 1, 16), (1, 24))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [
+        AttentionShape(2, 256, 6, 2, 64),
+        AttentionShape(2, 1000, 24, 2, 128, packed=True),
+        AttentionShape(1, 999, 4, 4, 128),
+        AttentionShape(2, 777, 12, 1, 64, packed=True),
+        AttentionShape(1, 64, 2, 2, 128),
+    ],
+    ids=str,
+)
+def test_mosaic_equals_the_reference_and_itself_forward_and_backward(shape):
+    attention = functools.partial(op.attention, impl="mosaic")
+    check_half(shape, segments(shape), attention, repeats=3)
+
+
+@pytest.mark.gpu
+def test_auto_takes_mosaic_for_packed_rows():
+    shape = AttentionShape(2, 384, 12, 1, 128, packed=True)
+    q, k, v = (x.astype(jnp.bfloat16) for x in draw(shape))
+    at = jnp.broadcast_to(jnp.arange(384)[None], (2, 384))
+    given = dict(segments_BT=segments(shape), positions_BT=at, positions_BS=at)
+    text = jax.jit(functools.partial(op.attention, **given)).lower(q, k, v).as_text()
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.gpu

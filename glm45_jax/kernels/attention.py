@@ -9,7 +9,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from glm45_jax import sharding
 from glm45_jax.kernels.dispatch import Implementation, anything, pick
 
 NEG = -1e30  # finite, so that a row without keys gives a mean, not NaN
@@ -27,10 +29,11 @@ def attention(
     impl: str = "auto",
 ) -> jax.Array:
     """Attention output [B, T, N, H] in the dtype of q; scores scaled by H^-0.5; N a multiple of K,
-    query head n reads n // G.
+    query head n reads n // G. Values, and so the output, may have a width H of their own.
 
-    Without segments every key is of the same document; without positions query t and key s stand at
-    t and s. Differentiable in q, k, v. Source: spec 2.2.
+    Without segments every key is of the same document; with them a document's tokens lie together,
+    in order, and what comes out at padding (segment 0) has no meaning. Without positions query t
+    and key s stand at t and s. Differentiable in q, k, v. Source: spec 2.2.
 
     Raises: ValueError where a named implementation cannot run on these arguments.
     """
@@ -67,7 +70,7 @@ def reference(
     weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(
         q_BTNH.dtype
     )  # fp32 softmax, then back
-    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(B, T, N, H)
+    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(B, T, N, -1)
 
 
 def visible(
@@ -105,12 +108,85 @@ def _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
         return f"cudnn is used for whole rows, not {q_BTNH.shape[1]} queries of {k_BSKH.shape[1]}"
     if any(m is not None for m in masks.values()):
         return "cudnn is used for whole rows only; segments or positions were given"
+    if q_BTNH.shape[-1] != v_BSKH.shape[-1]:
+        return f"keys are {q_BTNH.shape[-1]} wide, values {v_BSKH.shape[-1]}; cudnn takes one width"
     if q_BTNH.shape[-1] % 8 or q_BTNH.shape[-1] > 128:
         return f"head width {q_BTNH.shape[-1]} is not a multiple of 8 up to 128"
     return None
 
 
+def _mosaic(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_):
+    """Pallas on Hopper; XLA does not split a kernel, so on a mesh each device runs its own rows and
+    heads: q[B/batch, T, N/tensor, H]. Rows stay whole over the context axis.
+    """
+    from glm45_jax.kernels.attention_gpu import flash_attention  # imports 0.9 s
+
+    def local(q, k, v, segments):
+        return flash_attention(q, k, v, segments_BT=segments)
+
+    args = (q_BTNH, k_BSKH, v_BSKH, segments_BT)
+    if (ambient := sharding.current()) is None:
+        return local(*args)
+    mesh, rules = ambient
+    axes = rules.spec(("batch", None, "kv_heads", "head_dim"))  # a group stays with its keys
+    spec = sharding.fitting(axes, k_BSKH.shape, mesh.shape)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(spec, spec, spec, PartitionSpec(spec[0])),
+        out_specs=spec,
+        check_vma=False,
+    )(*args)
+
+
+def _mosaic_supports(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    *,
+    segments_BT=None,
+    segments_BS=None,
+    positions_BT=None,
+    positions_BS=None,
+) -> str | None:
+    """With segments, positions only say the order inside a document, which the index says too."""
+    if jax.default_backend() != "gpu":
+        return "mosaic is for GPU"
+    device = jax.devices()[0]
+    if (chip := getattr(device, "compute_capability", None)) != "9.0":
+        return f"mosaic is written for Hopper (9.0), not {device.device_kind} ({chip})"
+    dtypes = [str(x.dtype) for x in (q_BTNH, k_BSKH, v_BSKH)]
+    if set(dtypes) != {"bfloat16"}:
+        return f"mosaic takes bfloat16, not {dtypes}"
+    if q_BTNH.shape[1] != k_BSKH.shape[1] or (
+        segments_BS is not None and segments_BS is not segments_BT
+    ):
+        return f"mosaic is for whole rows, not {q_BTNH.shape[1]} queries of {k_BSKH.shape[1]} keys"
+    if positions_BT is not positions_BS or (positions_BT is not None and segments_BT is None):
+        return "mosaic masks by index; positions without segments or only of queries were given"
+    widths = (q_BTNH.shape[-1], v_BSKH.shape[-1])
+    if widths not in ((64, 64), (128, 128)):
+        return f"mosaic takes heads 64 or 128 wide, not keys and values {widths}"
+    return None
+
+
+def _mosaic_yields(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_) -> str | None:
+    """Forward and backward in TFLOP/s, mosaic and cudnn in one run, 96/8 heads, one document a row:
+    463 · 451 at B8 T4096, but 516 · 562 at B1 T32768, and 353 · 363 at B8 T4096 with heads of 64
+    (H100, jax 0.11.2, experiments/bench/kernels_attention.py).
+    """
+    T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
+    if segments_BT is not None:
+        return None
+    if H == 64:
+        return "mosaic is slower than cudnn with heads of 64 (353 · 363 TFLOP/s)"
+    if T > 4096:
+        return "mosaic is slower than cudnn on long rows (516 · 562 TFLOP/s at 32,768)"
+    return None
+
+
 IMPLS = (
+    Implementation("mosaic", _mosaic, _mosaic_supports, ("gpu",), _mosaic_yields),
     Implementation("cudnn", _cudnn, _cudnn_supports, ("gpu",)),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
 )

@@ -18,23 +18,24 @@ import jax
 log = logging.getLogger(__name__)
 
 
+def anything(*_: Any, **__: Any) -> str | None:
+    """`supports` of a reference: it always can."""
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.
 
     supports: why it cannot run on these arguments, or None if it can. auto: platforms where "auto"
-    may take it.
+    may take it. yields: why "auto" leaves these arguments to the next one although it can run.
     """
 
     name: str
     run: Callable[..., Any]
     supports: Callable[..., str | None]
     auto: tuple[str, ...]
-
-
-def anything(*_: Any, **__: Any) -> str | None:
-    """`supports` of a reference: it always can."""
-    return None
+    yields: Callable[..., str | None] = anything
 
 
 def pick(
@@ -57,7 +58,7 @@ def pick(
     reasons: list[str] = []
     for i in impls:
         why = (
-            i.supports(*args, **kwargs)
+            i.supports(*args, **kwargs) or i.yields(*args, **kwargs)
             if platform in i.auto
             else f"not taken by itself on {platform}"
         )

@@ -18,8 +18,8 @@ def grouped_matmul(
     """y[R, F] with row r times the matrix of its group: the first rows_E[0] rows meet w[0], and so
     on.
 
-    rows_E: int32, sums to R. Accumulates in float32, returns the dtype of x. Differentiable in x
-    and w; the gradient of w has w's dtype.
+    rows_E: int32, sums to R or less; rows past the last group give zeros and get none. Accumulates
+    in float32, returns the dtype of x. Differentiable in x and w; the gradient of w has w's dtype.
 
     Raises: ValueError where a named implementation cannot run on these arguments.
     """
@@ -122,9 +122,27 @@ def _to_rows(x_PQD: jax.Array, layout: Blocks) -> jax.Array:
     return x_PQD.reshape(-1, x_PQD.shape[-1])[layout.slot_R]
 
 
+def mosaic(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> jax.Array:
+    """The Pallas kernel for Hopper (grouped_matmul_gpu.py): bfloat16, nothing padded or copied."""
+    from glm45_jax.kernels import grouped_matmul_gpu  # Pallas is imported where it is used
+
+    return grouped_matmul_gpu.grouped_matmul(x_RD, w_EDF, rows_E)
+
+
+def _mosaic_supports(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> str | None:
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "none"))
+    if capability != "9.0":
+        return f"needs compute capability 9.0; this is {device.platform}, {capability}"
+    from glm45_jax.kernels import grouped_matmul_gpu
+
+    return grouped_matmul_gpu.refuses(x_RD, w_EDF, rows_E)
+
+
 # On GPU `lax.ragged_dot` runs at 6 TFLOP/s of 704 (H100, jax 0.11.2, docs/log.md), on CPU at a
 # fifth of the blocked form.
 IMPLS = (
+    Implementation("mosaic", mosaic, _mosaic_supports, ("gpu",)),
     Implementation("blocked", blocked, anything, ("cpu", "gpu")),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
 )

@@ -63,6 +63,8 @@ ATTENTION = {
     "tiny": AttentionShape(2, 24, 6, 2, 16, small=True),
     "tiny packed": AttentionShape(2, 24, 6, 2, 16, packed=True, small=True),
     "one head": AttentionShape(1, 17, 1, 1, 8, small=True),
+    "two tiles packed": AttentionShape(1, 200, 3, 1, 64, packed=True, small=True),
+    "a tile and one": AttentionShape(1, 129, 2, 2, 128, small=True),
     "air 4k": AttentionShape(8, 4096, 96, 8, 128),
     "air 4k, one of four": AttentionShape(8, 4096, 24, 2, 128),
     "air 32k": AttentionShape(1, 32768, 96, 8, 128),
@@ -72,6 +74,7 @@ GROUPED = {
     "one expert takes all": GroupedShape(200, 32, 16, 4, skew=1.0, small=True),
     "ragged": GroupedShape(333, 24, 40, 8, skew=0.4, small=True),
     "fewer rows than experts": GroupedShape(5, 16, 16, 8, small=True),
+    "whole steps": GroupedShape(272, 128, 192, 8, skew=0.3),
     "air gate": GroupedShape(65_536, 4096, 1408, 128, skew=0.03),
     "air down": GroupedShape(65_536, 1408, 4096, 128, skew=0.03),
 }

@@ -26,6 +26,15 @@ def test_auto_takes_the_first_that_can_and_says_why_not_the_others(caplog):
     assert "fast: needs x < 3" in said[1] and "elsewhere: not taken by itself on cpu" in said[1]
 
 
+def test_auto_passes_over_one_that_yields_and_a_name_still_gets_it(caplog):
+    caplog.set_level(logging.INFO)
+    dispatch._say_once.cache_clear()
+    shy = Implementation("shy", lambda x: "shy", anything, ("cpu",), lambda x: "slower from 2 on")
+    assert dispatch.pick("op", (shy, SLOW), "auto", 2)(2) == "slow"
+    assert dispatch.pick("op", (shy, SLOW), "shy", 2)(2) == "shy"
+    assert [r.message for r in caplog.records] == ["op on cpu: slow (shy: slower from 2 on)"]
+
+
 def test_a_kernel_asked_for_by_name_that_cannot_run_raises():
     with pytest.raises(ValueError, match="needs x < 3; impl='auto' picks for you"):
         dispatch.pick("op", IMPLS, "fast", 3)

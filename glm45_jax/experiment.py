@@ -7,6 +7,7 @@ writers, wires the hooks, and hands all of it to `train.loop`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm45_jax import hf, metrics, values
+from glm45_jax import metrics, values
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data import ngram
 from glm45_jax.data.prepare import Data, Prepared, prepare
@@ -27,12 +28,15 @@ from glm45_jax.model import cost
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.optim.mixed import AdamW
 from glm45_jax.optim.muon import Muon
+from glm45_jax.optim.schedules import Constant
 from glm45_jax.rollout.sampling import generate
 from glm45_jax.sharding import MeshShape, Rules
-from glm45_jax.tokenizer import END_OF_TEXT, Tokenizer
+from glm45_jax.start import FromHF, FromRun, Scratch, check_tokenizer, initial
+from glm45_jax.tokenizer import END_OF_TEXT
 from glm45_jax.train.loop import Outcome, Validate, resume, run_steps
 from glm45_jax.train.parallel import Pmap, Recipe, Trainer, make_trainer
 from glm45_jax.train.report import write_report
+from glm45_jax.train.stages import Span, Stage, spans, total_steps
 from glm45_jax.train.state import Train, TrainState
 
 log = logging.getLogger(__name__)
@@ -44,27 +48,6 @@ MAY_CHANGE = ("mesh", "rules", "train.log_every", "train.save_every", "train.kee
 
 class BadInput(ValueError):
     """What the user gave cannot be run: one message for people, no traceback."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Scratch:
-    """Start from random weights."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FromRun:
-    """Start from the weights of another run's newest checkpoint; optimizer, step and data start
-    anew.
-    """
-
-    workdir: str
-
-
-@dataclasses.dataclass(frozen=True)
-class FromHF:
-    """Start from the weights of a released-style folder (see `hf.load`)."""
-
-    path: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +66,10 @@ class Report:
 class Experiment:
     """A whole run as a value. `run(experiment, workdir)` returns how it ended.
 
-    mesh: `MeshShape` for jit on a mesh, `Pmap` for pmap on this host. rl and evals belong to later
-    loops.
+    mesh: `MeshShape` for jit on a mesh, `Pmap` for pmap on this host. stages: a run of several
+    stages; each sets the sequence length, mixture, packing, batch, RoPE base, bias rate and MTP
+    weight that `data`, `train` and `model` otherwise say (see `Experiment.of`). rl and evals belong
+    to later loops.
     """
 
     name: str
@@ -97,6 +82,7 @@ class Experiment:
     init: Scratch | FromRun | FromHF = Scratch()
     report: Report = Report()
     seed: int = 0
+    stages: tuple[Stage, ...] = ()
     rl: None = None
     evals: tuple[Any, ...] = ()
     run: Callable[[Experiment, pathlib.Path], Outcome] = dataclasses.field(
@@ -110,13 +96,62 @@ class Experiment:
                 f"the tokenizer has {self.data.vocab} ids, the model {self.model.vocab} rows; "
                 f"make model.vocab equal to data.vocab, or up to {MAX_PADDING_ROWS} larger"
             )
+        if self.stages:
+            self._check_stages()
         for _, rows in self.batch_sizes():
             self.train.accum(rows)
 
+    def _check_stages(self) -> None:
+        if self.train.steps > total_steps(self.stages):
+            raise ValueError(
+                f"train.steps {self.train.steps} is beyond the {total_steps(self.stages)} steps of "
+                "the stages"
+            )
+        known = {source.name for source, _ in self.data.sources}
+        for stage in self.stages:
+            if unknown := sorted({name for name, _ in stage.mixture} - known):
+                raise ValueError(
+                    f"stage {stage.name} mixes {unknown}, data.sources has {sorted(known)}"
+                )
+
+    @functools.cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """The stages in steps; without stages, one span that is the whole run."""
+        if self.stages:
+            return spans(self.stages)
+        return (Span(self.train.ramp(self.data.seq_len), 0, self.train.steps),)
+
+    def of(self, span: Span) -> Experiment:
+        """What one stage trains: the one place where a stage becomes model, data and train."""
+        stage = span.stage
+        if stage is None:
+            return self
+        weights = dict(stage.mixture)
+        sources = tuple((s, weights[s.name]) for s, _ in self.data.sources if s.name in weights)
+        mixer = dataclasses.replace(self.model.mixer, rope_theta=stage.rope_theta)
+        return dataclasses.replace(
+            self,
+            stages=(),
+            model=dataclasses.replace(self.model, mixer=mixer),
+            data=dataclasses.replace(
+                self.data, sources=sources, seq_len=stage.seq_len, packing=stage.packing
+            ),
+            train=dataclasses.replace(
+                self.train,
+                steps=min(span.end_step, self.train.steps),
+                rows=span.ramp.end_rows,
+                start_rows=None,
+                ramp_tokens=0.0,
+                ramp_multiple=1,
+                bias_rate=Constant(stage.bias_rate),
+                mtp_weight=Constant(stage.mtp_weight),
+            ),
+        )
+
     def batch_sizes(self) -> list[tuple[int, int]]:
-        """(first step, rows of the global batch) of every piece of the batch ramp."""
-        pieces = self.train.ramp(self.data.seq_len).pieces
-        return [(first, rows) for first, _, rows in pieces if first < self.train.steps]
+        """(first step, rows of the global batch) of every size the batch has in the run."""
+        pieces = [piece for span in self.spans for piece in span.sizes()]
+        return [(first, rows) for first, rows in pieces if first < self.train.steps]
 
     def devices(self) -> int:
         """Devices the mesh asks for; those that are here where it says -1."""
@@ -127,7 +162,7 @@ class Experiment:
 
 
 def run_training(exp: Experiment, workdir: pathlib.Path) -> Outcome:
-    """Trains, resuming where `workdir` holds this experiment already; ends with a report.
+    """Trains stage by stage, resuming where `workdir` holds this experiment; ends with a report.
 
     Raises: BadInput for anything that is wrong before the first step, with nothing overwritten.
     """
@@ -136,7 +171,8 @@ def run_training(exp: Experiment, workdir: pathlib.Path) -> Outcome:
         ready = _open(exp, workdir)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
-    log.info("%d devices, step %d of %d", ready.trainer.n_devices, ready.start, exp.train.steps)
+    leg = ready.legs[0]
+    log.info("%d devices, step %d of %d", leg.trainer.n_devices, ready.start, exp.train.steps)
     state, outcome = _train(ready)
     if jax.process_index() == 0 and outcome.why != "not finite":
         path = _write_report(ready, state, outcome, time.monotonic() - began)
@@ -145,15 +181,24 @@ def run_training(exp: Experiment, workdir: pathlib.Path) -> Outcome:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Leg:
+    """A span of the run with what it trains with. validations: fixed rows by length."""
+
+    span: Span
+    exp: Experiment
+    trainer: Trainer
+    source: Any
+    validations: dict[int, Batch]
+
+
+@dataclasses.dataclass(frozen=True)
 class _Ready:
-    """A run whose every door has been passed."""
+    """A run whose every door has been passed. legs: those that still have steps to take."""
 
     exp: Experiment
     workdir: pathlib.Path
     prepared: Prepared
-    source: Any
-    validation: Batch
-    trainer: Trainer
+    legs: list[_Leg]
     checkpoints: Checkpoints
     state: TrainState
     start: int
@@ -162,46 +207,71 @@ class _Ready:
 def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
     """Every check first, what is written last: a run that is refused leaves no mark."""
     _check_claim(exp, workdir)
-    recipe = Recipe(exp.model, exp.optim, exp.train, packed=_packed(exp.data))
-    trainer = make_trainer(exp.mesh, recipe, exp.rules)
-    for _, rows in exp.batch_sizes():
-        trainer.check_rows(rows)
-    trainer.check_rows(exp.train.validate_rows)
+    used = [span for span in exp.spans if span.first_step < exp.train.steps]
+    trainers = [_trainer(exp.of(span), span) for span in used]
     prepared = prepare(exp.data, workdir / "data")
-    _check_tokenizer(exp, prepared.tokenizer)
-    source = _loader(exp, prepared, "train", exp.seed, exp.train.ramp(exp.data.seq_len).span)
-    # Fixed rows, the same on every run.
-    validation = _loader(exp, prepared, "val", 0, lambda step: (0, exp.train.validate_rows)).batch(
-        0
-    )
+    check_tokenizer(exp, prepared.tokenizer)
+    validations = _validations(exp, prepared, trainers[0])
+    legs = [
+        _Leg(span, sub, trainer, _source(sub, prepared, span), validations)
+        for span, trainer in zip(used, trainers, strict=True)
+        for sub in (exp.of(span),)
+    ]
     checkpoints = Checkpoints(workdir / "checkpoints", keep=exp.train.keep)
-    resumed = resume(trainer, checkpoints)
+    resumed = resume(trainers[0], checkpoints)
     if resumed is None:
-        state, start = _initial(exp, trainer), 0
+        state, start = initial(exp, trainers[0]), 0
     else:
         state, sidecars, start = resumed
-        source.check_state(sidecars["loader"])
+        # The step of a checkpoint belongs to the stage that took it.
+        taken = next(leg for leg in legs if start <= leg.span.end_step)
+        taken.source.check_state(sidecars["loader"])
         log.info("resuming at step %d", start)
     _write_claim(exp, workdir)
-    return _Ready(exp, workdir, prepared, source, validation, trainer, checkpoints, state, start)
+    legs = [leg for leg in legs if start < leg.span.end_step] or legs[-1:]
+    return _Ready(exp, workdir, prepared, legs, checkpoints, state, start)
 
 
-def _check_tokenizer(exp: Experiment, tokenizer: Tokenizer) -> None:
-    """Raises ValueError where the run starts from weights that were trained on other ids."""
-    if not isinstance(exp.init, FromHF):
-        return
-    path = pathlib.Path(exp.init.path) / "tokenizer.json"
-    if not path.exists():
-        log.warning("%s is not there: nothing says whether data.tokenizer is the weights'", path)
-    elif Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"the run's tokenizer ({exp.data.tokenizer or 'trained on its own text'}, "
-            f"{tokenizer.vocab} ids) is not the one of the weights; set data.tokenizer={path}"
+def _trainer(exp: Experiment, span: Span) -> Trainer:
+    """The trainer of one stage. Raises: ValueError for batches that its devices cannot share."""
+    recipe = Recipe(exp.model, exp.optim, exp.train, packed=_packed(exp.data))
+    trainer = make_trainer(exp.mesh, recipe, exp.rules)
+    for _, rows in span.sizes():
+        trainer.check_rows(rows)
+    return trainer
+
+
+def _source(exp: Experiment, prepared: Prepared, span: Span) -> Any:
+    """Batches of one stage by the steps of the run; each stage has an order of its own."""
+    seed = exp.seed + span.first_step
+    return _loader(exp, prepared, "train", seed, span.rows)
+
+
+def _validations(exp: Experiment, prepared: Prepared, trainer: Trainer) -> dict[int, Batch]:
+    """Fixed rows, the same on every run and in every stage: as many tokens of each length."""
+    found: dict[int, Batch] = {}
+    tokens = exp.train.validate_rows * exp.of(exp.spans[0]).data.seq_len
+    for span in exp.spans:
+        sub = exp.of(span)
+        length = sub.data.seq_len
+        if length in found:
+            continue
+        rows = tokens // length
+        trainer.check_rows(rows)
+        found[length] = _loader(sub, prepared, "val", 0, functools.partial(_same_rows, rows)).batch(
+            0
         )
+    return found
+
+
+def _same_rows(rows: int, step: int) -> tuple[int, int]:
+    """A span of a loader that gives the same rows at every step."""
+    del step
+    return 0, rows
 
 
 def _check_claim(exp: Experiment, workdir: pathlib.Path) -> None:
-    """The workdir is new, or holds this experiment.
+    """The workdir is new, or holds this experiment, or its first stages.
 
     Raises: ValueError naming what differs.
     """
@@ -213,10 +283,12 @@ def _check_claim(exp: Experiment, workdir: pathlib.Path) -> None:
             )
         return
     old = values.from_json(json.loads(path.read_text()))
+    longer = old.stages and old.stages == exp.stages[: len(old.stages)]
+    may_change = (*MAY_CHANGE, *(("name", "stages", "train.steps") if longer else ()))
     differ = [
         f"{key}: {there!r} there, {here!r} here"
         for key, there, here in values.diff(old, exp)
-        if not key.startswith(MAY_CHANGE)
+        if not key.startswith(may_change)
     ]
     if differ:
         raise ValueError(
@@ -256,41 +328,6 @@ def _loader(
     )
 
 
-def _initial(exp: Experiment, trainer: Trainer) -> TrainState:
-    state = trainer.init(jax.random.key(exp.seed))
-    if isinstance(exp.init, Scratch):
-        return state
-    view = trainer.save_view(state)
-    layout = jax.tree.map(lambda x: x.sharding, view.params)
-    if isinstance(exp.init, FromHF):
-        # Straight into the layout of the run; the random weights make room first.
-        wanted = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), view.params
-        )
-        for leaf in jax.tree.leaves(view.params):
-            leaf.delete()
-        cfg, params = hf.restore(exp.init.path, wanted)
-        _warn_of_numbers(cfg, exp)
-    else:
-        # Only the weights are asked for: the other run may have had another optimizer.
-        wanted = {"params": trainer.abstract.params}
-        params = (
-            Checkpoints(pathlib.Path(exp.init.workdir) / "checkpoints")
-            .restore(wanted, partial=True)
-            .state["params"]
-        )
-    return trainer.load_view(view.replace(params=jax.device_put(params, layout)))
-
-
-def _warn_of_numbers(cfg: ModelConfig, exp: Experiment) -> None:
-    """None; logs what the weights were trained with and the experiment has otherwise (a stage may
-    want that: the RoPE base is raised before long contexts).
-    """
-    for key, theirs, ours in values.diff(cfg, exp.model):
-        if key.startswith(("mixer", "moe", "norm_eps")):
-            log.warning("%s: %s %r there, %r in the experiment", exp.name, key, theirs, ours)
-
-
 def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
     exp = ready.exp
     peak, source_of_peak = cost.peak_flops(jax.devices()[0])
@@ -303,30 +340,61 @@ def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
             metrics.TensorBoard(ready.workdir / "tensorboard", purge_step=ready.start + 1),
         ]
     progress = metrics.Progress(exp.train.steps, ready.start) if main_host else None
-    # Also after step 10, where the report starts counting, and at the end.
-    at = (min(10, exp.train.steps), exp.train.steps)
-    validate = Validate([ready.validation], exp.train.validate_every, at)
-    n_devices = ready.trainer.n_devices
-    mfu_of_one = cost.mfu(1.0, exp.model, exp.data.seq_len, n_devices, peak)
+    state, outcomes = ready.state, []
+    step = ready.start
     try:
-        return run_steps(
-            ready.trainer,
-            ready.state,
-            ready.source,
-            train=exp.train,
-            start=ready.start,
-            workdir=ready.workdir,
-            checkpoints=ready.checkpoints,
-            sidecars={"experiment": values.to_json(exp)},
-            writers=writers,
-            progress=progress,
-            hooks=[validate],
-            utilisation=lambda tokens_per_s: tokens_per_s * mfu_of_one,
-        )
+        for leg in ready.legs:
+            state, outcome = _train_leg(ready, leg, state, step, writers, progress, peak)
+            outcomes.append(outcome)
+            step = outcome.step
+            if outcome.why != "done":
+                break
     finally:
         for writer in [*writers, *([progress] if progress else [])]:
             writer.close()
         ready.checkpoints.close()
+    seconds, tokens = sum(o.seconds for o in outcomes), sum(o.tokens for o in outcomes)
+    return state, dataclasses.replace(outcomes[-1], seconds=seconds, tokens=tokens)
+
+
+def _train_leg(
+    ready: _Ready,
+    leg: _Leg,
+    state: TrainState,
+    start: int,
+    writers: list[metrics.Writer],
+    progress: metrics.Progress | None,
+    peak: float,
+) -> tuple[TrainState, Outcome]:
+    exp, whole = leg.exp, ready.exp.train
+    # Also after step 10, where the report starts counting, and at the end of every stage.
+    at = (min(10, whole.steps), exp.train.steps)
+    own = exp.data.seq_len
+    hooks = [
+        Validate([batch], whole.validate_every, at, "val/loss" if n == own else f"val/loss_{n}")
+        for n, batch in leg.validations.items()
+    ]
+    n_devices = leg.trainer.n_devices
+    mfu_of_one = cost.mfu(1.0, exp.model, own, n_devices, peak)
+    facts = {"seq_len": float(own), "rope_theta": exp.model.mixer.rope_theta}
+    if leg.span.stage is not None:
+        log.info("stage %s: steps %d to %d", leg.span.stage.name, start, exp.train.steps)
+        facts["stage"] = float(ready.exp.stages.index(leg.span.stage) + 1)
+    return run_steps(
+        leg.trainer,
+        state,
+        leg.source,
+        train=exp.train,
+        start=start,
+        workdir=ready.workdir,
+        checkpoints=ready.checkpoints,
+        sidecars={"experiment": values.to_json(ready.exp)},
+        writers=writers,
+        progress=progress,
+        hooks=hooks,
+        utilisation=lambda tokens_per_s: tokens_per_s * mfu_of_one,
+        facts=facts if leg.span.stage is not None else {},
+    )
 
 
 def _write_report(
@@ -339,15 +407,16 @@ def _write_report(
     facts = {
         "experiment": exp.name,
         "ended": f"{outcome.why}, at step {outcome.step} of {exp.train.steps}",
-        "device": f"{ready.trainer.n_devices} x {jax.devices()[0].device_kind}",
+        "device": f"{ready.legs[0].trainer.n_devices} x {jax.devices()[0].device_kind}",
         "parameters": f"{counts.total_stored:,} stored, {active:,} active a token",
         "tokens": f"{outcome.tokens:,} in this session",
         "time": f"{outcome.seconds:.0f} s training and compiling, {seconds:.0f} s with data",
         "training tokens": f"{train_tokens:,} there (vocabulary {exp.data.vocab:,})",
     }
-    baselines = (
-        ngram_losses(ready.prepared, ready.validation, exp.data.vocab) if exp.report.ngrams else {}
-    )
+    validation = next(iter(ready.legs[0].validations.values()))
+    rows_BT1 = np.concatenate([validation.tokens_BT, validation.targets_BT[:, -1:]], axis=1)
+    fit = functools.partial(ngram.losses, ready.prepared.train.values(), rows_BT1, exp.data.vocab)
+    baselines = fit() if exp.report.ngrams else {}
     samples = _samples(ready, state) if exp.report.prompts else []
     path = write_report(
         ready.workdir, title=exp.name, facts=facts, baselines=baselines, samples=samples
@@ -357,27 +426,13 @@ def _write_report(
     return path
 
 
-def ngram_losses(prepared: Prepared, batch: Batch, vocab: int) -> dict[str, float]:
-    """Nats a token of a unigram and a Kneser-Ney bigram model fitted on all training tokens, on the
-    validation targets.
-    """
-    train = np.concatenate(
-        [store.read(0, store.manifest.n_tokens) for store in prepared.train.values()]
-    )
-    rows_BT1 = np.concatenate([batch.tokens_BT, batch.targets_BT[:, -1:]], axis=1)
-    return {
-        "unigram": float(ngram.unigram_nats(train, rows_BT1, vocab)),
-        "bigram": float(ngram.bigram_nats(train, rows_BT1, vocab)),
-    }
-
-
 def _samples(ready: _Ready, state: TrainState) -> list[tuple[str, str]]:
     exp, tokenizer = ready.exp, ready.prepared.tokenizer
-    params = ready.trainer.save_view(state).params
+    params = ready.legs[-1].trainer.save_view(state).params
     ids = generate(
         params,
         [tokenizer.encode(text) for text in exp.report.prompts],
-        cfg=exp.model,
+        cfg=ready.legs[-1].exp.model,
         max_tokens=exp.report.max_tokens,
         temperature=exp.report.temperature,
         stop=(tokenizer.id_of(END_OF_TEXT),),

@@ -12,10 +12,10 @@ import pytest
 from experiments import pretrain
 from glm45_jax import hf
 from glm45_jax.checkpoint import Checkpoints
-from glm45_jax.experiment import FromHF, FromRun, _initial
 from glm45_jax.model import config
 from glm45_jax.optim.mixed import AdamW
 from glm45_jax.sharding import MeshShape
+from glm45_jax.start import FromHF, FromRun, initial
 from glm45_jax.train.parallel import Pmap, Recipe, make_trainer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "a"
@@ -37,7 +37,7 @@ def test_a_run_starts_from_another_s_weights_under_another_optimizer(tmp_path):
         checkpoints.save(3, run.save_view(state), sidecars={})
     second = dataclasses.replace(first, optim=AdamW(), init=FromRun(str(tmp_path)))
     run = trainer(second, Pmap())
-    start = run.save_view(_initial(second, run))
+    start = run.save_view(initial(second, run))
     same(start.params, state.params)
     assert int(start.step) == 0
 
@@ -48,7 +48,7 @@ def test_a_run_starts_from_a_released_style_folder_and_refuses_another_shape():
     data = dataclasses.replace(first.data, vocab=cfg.vocab)
     exp = dataclasses.replace(first, model=cfg, data=data, init=FromHF(str(GOLDEN)))
     run = trainer(exp)
-    same(run.save_view(_initial(exp, run)).params, params)
+    same(run.save_view(initial(exp, run)).params, params)
     other = dataclasses.replace(exp, model=config.tiny(vocab=cfg.vocab + 1))
     with pytest.raises(ValueError, match=r"embed_VD: \(256, 64\) there, \(257, 64\)"):
-        _initial(other, trainer(other))
+        initial(other, trainer(other))

@@ -19,7 +19,7 @@ FLOORS = (
     ("hf",),
     ("train", "rollout"),
     ("rl", "evals"),
-    ("plan",),
+    ("plan", "start"),
     ("experiment",),
     ("main",),
 )

@@ -5,9 +5,21 @@ Letters: `N` tokens or pairs, `V` vocab.
 Source: Kneser and Ney 1995; Chen and Goodman 1998 (interpolated form, discount from counts).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+
+from glm45_jax.data.store import TokenStore
+
+
+def losses(stores: Iterable[TokenStore], rows_BT1: np.ndarray, vocab: int) -> dict[str, float]:
+    """Nats a token of both models, fitted on all tokens of the stores, on the rows' targets."""
+    train = np.concatenate([store.read(0, store.manifest.n_tokens) for store in stores])
+    return {
+        "unigram": float(unigram_nats(train, rows_BT1, vocab)),
+        "bigram": float(bigram_nats(train, rows_BT1, vocab)),
+    }
 
 
 @dataclass(frozen=True)

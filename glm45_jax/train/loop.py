@@ -14,7 +14,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -69,20 +69,21 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Validate:
-    """Mean loss over fixed batches, as "val/loss", in nats a token."""
+    """Mean loss over fixed batches, as `name`, in nats a token."""
 
     batches: Sequence[Batch]
     every: int
     at: tuple[int, ...] = ()
+    name: str = "val/loss"
 
     def due(self, step: int) -> bool:
         """Every `every` steps, and at the steps named."""
         return step in self.at or (self.every > 0 and step % self.every == 0)
 
     def __call__(self, step: int, state: TrainState, trainer: Trainer) -> dict[str, float]:
-        """{"val/loss": ...}: a sum over all targets, divided by their number."""
+        """{name: ...}: a sum over all targets, divided by their number."""
         sums = np.sum([trainer.nll(state, batch) for batch in self.batches], axis=0)
-        return {"val/loss": float(sums[0] / sums[1])}
+        return {self.name: float(sums[0] / sums[1])}
 
 
 def run_steps(
@@ -99,13 +100,14 @@ def run_steps(
     progress: Any = None,
     hooks: Sequence[Hook] = (),
     utilisation: Callable[[float], float] | None = None,
+    facts: Mapping[str, float] | None = None,
 ) -> tuple[TrainState, Outcome]:
     """Steps start .. train.steps. The last state is saved however the run ends; after a step that
     is not finite the state before it is the last one.
 
-    utilisation: tokens a second -> share of the devices' peak, logged as "mfu". sidecars: saved
-    beside every checkpoint. SIGTERM and SIGINT end the run after the current step, with a
-    checkpoint.
+    utilisation: tokens a second -> share of the devices' peak, logged as "mfu". facts: logged with
+    every step (which stage this is). sidecars: saved beside every checkpoint. SIGTERM and SIGINT
+    end the run after the current step, with a checkpoint.
     """
     began, tokens = time.monotonic(), 0
     saved = -1 if checkpoints.latest() is None else start
@@ -124,6 +126,7 @@ def run_steps(
             step += 1
             tokens += batch.tokens_BT.size * jax.process_count()
             scalars = {name: float(x) for name, x in jax.device_get(out.scalars).items()}
+            scalars |= dict(facts or {})
             scalars |= clock.rates(batch.tokens_BT.size * jax.process_count(), utilisation)
             hooked = {
                 k: v for h in hooks if h.due(step) for k, v in h(step, state, trainer).items()

@@ -1,0 +1,166 @@
+"""The whole recipe: five stages of pre- and mid-training as values, full size and in small.
+
+`glm45` and `glm45_air` are the paper's numbers (spec 5.1, 5.2); `mini_recipe` (one accelerator) and
+`tiny_recipe` (a CPU, minutes) are the same stages through `stages.scaled`.
+"""
+
+import dataclasses
+
+from experiments import pretrain
+from glm45_jax.data.pack import BestFit, Cut
+from glm45_jax.data.prepare import Data
+from glm45_jax.data.sources import Docstrings, PackageDocs, PydocTopics, PythonSources, TextFiles
+from glm45_jax.experiment import Experiment, Report
+from glm45_jax.model import config
+from glm45_jax.model.config import Gqa, ModelConfig, Moe
+from glm45_jax.optim.muon import Muon
+from glm45_jax.optim.schedules import Cosine
+from glm45_jax.sharding import MeshShape
+from glm45_jax.train.stages import Stage, scaled, total_steps
+from glm45_jax.train.state import Train
+
+BATCH_TOKENS = 16384 * 4096  # 64M; 2,048 rows of 32K, 512 of 128K (spec 5.1)
+START_BATCH_TOKENS = 4096 * 4096  # 16M, over the first 500B tokens
+RAMP_MULTIPLE = (
+    1024  # rows; linear or in steps is UNVERIFIED, every size compiles a step of its own
+)
+PEAK_LR, END = 2.5e-4, 0.1  # one cosine to 2.5e-5 over all stages
+WARMUP_SHARE = 8e9 / 23.1e12  # UNVERIFIED
+EARLY = {"bias_rate": 1e-3, "mtp_weight": 0.3}  # stage 1: the first 15T tokens
+LATE = {"bias_rate": 0.0, "mtp_weight": 0.1}
+SHORT_ROPE, LONG_ROPE = 1e4, 1e6  # raised with the 32K extension
+
+# What each stage reads; the weights are UNVERIFIED, the kinds are those of spec 5.1.
+WEB = (("web", 0.85), ("code", 0.1), ("science", 0.05))
+CODE_AND_REASONING = (("web", 0.4), ("code", 0.4), ("science", 0.2))
+REPOSITORIES = (("repositories", 0.8), ("code", 0.2))
+REASONING = (("reasoning", 0.7), ("science", 0.2), ("web", 0.1))
+LONG_AND_AGENT = (("long", 0.6), ("agent", 0.4))
+
+
+def stages() -> tuple[Stage, ...]:
+    """The five stages of GLM-4.5. Source: spec 5.1, 5.2."""
+    short = {"seq_len": 4096, "packing": Cut(), "rope_theta": SHORT_ROPE}
+    long = {"packing": BestFit(), "rope_theta": LONG_ROPE, "batch_tokens": BATCH_TOKENS}
+    ramp = {
+        "batch_tokens": BATCH_TOKENS,
+        "start_batch_tokens": START_BATCH_TOKENS,
+        "ramp_tokens": 500e9,
+        "ramp_multiple": RAMP_MULTIPLE,
+    }
+    flat = {"batch_tokens": BATCH_TOKENS}
+    return (
+        Stage("general", 15e12, mixture=WEB, **short, **ramp, **EARLY),
+        Stage("code_reasoning", 7e12, mixture=CODE_AND_REASONING, **short, **flat, **LATE),
+        Stage("repositories", 500e9, 32768, REPOSITORIES, **long, **LATE),
+        Stage("reasoning", 500e9, 32768, REASONING, **long, **LATE),
+        Stage("long_agent", 100e9, 131072, LONG_AND_AGENT, **long, **LATE),
+    )
+
+
+def glm45() -> Experiment:
+    """All five stages of GLM-4.5 on 512 accelerators; `pretrain:glm45` has the first two.
+
+    The rows of 128K are not split over devices yet: `--dry-run` says what they need.
+    """
+    return _full(pretrain.glm45(), "glm45_recipe", MeshShape(data=1, fsdp=64, expert=8))
+
+
+def glm45_air() -> Experiment:
+    """All five stages of GLM-4.5-Air on 256 accelerators."""
+    return _full(pretrain.glm45_air(), "glm45_air_recipe", MeshShape(data=1, fsdp=32, expert=8))
+
+
+def mini_recipe() -> Experiment:
+    """The recipe on the 100M-class model and the installed text: ten minutes on one H100."""
+    small = scaled(_installed(), tokens=120e6, batch_tokens=65536, seq_len=512, least_steps=8)
+    return _small(
+        "mini_recipe",
+        dataclasses.replace(config.mini(vocab=16_384)),
+        small,
+        Muon(lr=2e-3, schedule=_cosine(small)),
+        vocab=16_384,
+    )
+
+
+def tiny_recipe() -> Experiment:
+    """The recipe on a 1M-parameter model and the installed text: minutes on a CPU."""
+    small = scaled(_installed(), tokens=400e3, batch_tokens=4096, seq_len=64, least_steps=10)
+    model = ModelConfig(
+        vocab=2048,
+        d_model=96,
+        n_dense=1,
+        n_moe=1,
+        d_mlp=256,
+        mixer=Gqa(heads=4, kv_heads=2, head_dim=24),
+        moe=Moe(experts=8, top_k=2, d_expert=64, scale=1.0),
+        dtype="float32",
+        remat="none",
+    )
+    optim = Muon(lr=1e-2, schedule=_cosine(small, warmup_share=0.05), dtype="float32")
+    return _small("tiny_recipe", model, small, optim, vocab=2048)
+
+
+def _cosine(chosen: tuple[Stage, ...], warmup_share: float = 0.02) -> Cosine:
+    """One curve over all stages; a short run warms up over a larger share."""
+    total = sum(stage.tokens for stage in chosen)
+    return Cosine(warmup=warmup_share * total, total=total, end=END)
+
+
+def _full(base: Experiment, name: str, mesh: MeshShape) -> Experiment:
+    """The text and `tokenizer.json` are yours to put under corpus/."""
+    chosen = stages()
+    names = dict.fromkeys(source for stage in chosen for source, _ in stage.mixture)
+    devices = mesh.data * mesh.fsdp * mesh.expert
+    return dataclasses.replace(
+        base,
+        name=name,
+        stages=chosen,
+        mesh=mesh,
+        data=dataclasses.replace(
+            base.data,
+            sources=tuple((TextFiles(f"corpus/{name}", name=name), 1.0) for name in names),
+        ),
+        train=dataclasses.replace(
+            base.train, steps=total_steps(chosen), micro_rows=devices, validate_rows=32 * devices
+        ),
+        optim=Muon(lr=PEAK_LR, schedule=Cosine(WARMUP_SHARE * 23.1e12, total=23.1e12, end=END)),
+    )
+
+
+def _installed() -> tuple[Stage, ...]:
+    """The stages over what is installed: documents as web, sources as code and repositories."""
+    stand_in = {
+        "web": "topics",
+        "code": "python",
+        "science": "docstrings",
+        "repositories": "python",
+        "reasoning": "docstrings",
+        "long": "packages",
+        "agent": "python",
+    }
+    found = []
+    for stage in stages():
+        weights: dict[str, float] = {}
+        for name, weight in stage.mixture:
+            weights[stand_in[name]] = weights.get(stand_in[name], 0.0) + weight
+        found.append(dataclasses.replace(stage, mixture=tuple(weights.items())))
+    return tuple(found)
+
+
+def _small(
+    name: str, model: ModelConfig, chosen: tuple[Stage, ...], optim: Muon, vocab: int
+) -> Experiment:
+    rows = chosen[0].batch_tokens // chosen[0].seq_len
+    sources = (PydocTopics(), PythonSources(), Docstrings(), PackageDocs())
+    return Experiment(
+        name=name,
+        model=model,
+        data=Data(sources=tuple((s, 1.0) for s in sources), seq_len=64, vocab=vocab),
+        optim=optim,
+        train=Train(
+            steps=total_steps(chosen), rows=rows, validate_every=50, validate_rows=4 * rows
+        ),
+        stages=chosen,
+        report=Report(prompts=("def main():\n",), max_tokens=32, ngrams=True),
+    )

@@ -16,6 +16,7 @@ from glm45_jax.model.config import Gqa, ModelConfig, Moe
 from glm45_jax.optim.muon import Muon
 from glm45_jax.optim.schedules import Cosine
 from glm45_jax.sharding import MeshShape
+from glm45_jax.train.parallel import Pmap
 from glm45_jax.train.stages import Stage, scaled, total_steps
 from glm45_jax.train.state import Train
 
@@ -26,9 +27,6 @@ RAMP_MULTIPLE = (
 )
 PEAK_LR, END = 2.5e-4, 0.1  # one cosine to 2.5e-5 over all stages
 WARMUP_SHARE = 8e9 / 23.1e12  # UNVERIFIED
-EARLY = {"bias_rate": 1e-3, "mtp_weight": 0.3}  # stage 1: the first 15T tokens
-LATE = {"bias_rate": 0.0, "mtp_weight": 0.1}
-SHORT_ROPE, LONG_ROPE = 1e4, 1e6  # raised with the 32K extension
 
 # What each stage reads; the weights are UNVERIFIED, the kinds are those of spec 5.1.
 WEB = (("web", 0.85), ("code", 0.1), ("science", 0.05))
@@ -38,24 +36,50 @@ REASONING = (("reasoning", 0.7), ("science", 0.2), ("web", 0.1))
 LONG_AND_AGENT = (("long", 0.6), ("agent", 0.4))
 
 
-def stages() -> tuple[Stage, ...]:
-    """The five stages of GLM-4.5. Source: spec 5.1, 5.2."""
-    short = {"seq_len": 4096, "packing": Cut(), "rope_theta": SHORT_ROPE}
-    long = {"packing": BestFit(), "rope_theta": LONG_ROPE, "batch_tokens": BATCH_TOKENS}
-    ramp = {
-        "batch_tokens": BATCH_TOKENS,
-        "start_batch_tokens": START_BATCH_TOKENS,
-        "ramp_tokens": 500e9,
-        "ramp_multiple": RAMP_MULTIPLE,
-    }
-    flat = {"batch_tokens": BATCH_TOKENS}
-    return (
-        Stage("general", 15e12, mixture=WEB, **short, **ramp, **EARLY),
-        Stage("code_reasoning", 7e12, mixture=CODE_AND_REASONING, **short, **flat, **LATE),
-        Stage("repositories", 500e9, 32768, REPOSITORIES, **long, **LATE),
-        Stage("reasoning", 500e9, 32768, REASONING, **long, **LATE),
-        Stage("long_agent", 100e9, 131072, LONG_AND_AGENT, **long, **LATE),
+def _stages() -> tuple[Stage, ...]:
+    """The five stages of GLM-4.5, each by what it changes. Source: spec 5.1, 5.2."""
+    general = Stage(
+        "general",
+        tokens=15e12,
+        seq_len=4096,
+        mixture=WEB,
+        packing=Cut(),  # random truncation is wanted in pretraining
+        rope_theta=1e4,
+        bias_rate=1e-3,
+        mtp_weight=0.3,
+        batch_tokens=BATCH_TOKENS,
+        start_batch_tokens=START_BATCH_TOKENS,
+        ramp_tokens=500e9,
+        ramp_multiple=RAMP_MULTIPLE,
     )
+    code_reasoning = dataclasses.replace(
+        general,
+        name="code_reasoning",
+        tokens=7e12,
+        mixture=CODE_AND_REASONING,
+        bias_rate=0.0,  # this and the MTP weight switch after the first 15T tokens
+        mtp_weight=0.1,
+        start_batch_tokens=None,
+        ramp_tokens=0.0,
+        ramp_multiple=1,
+    )
+    repositories = dataclasses.replace(
+        code_reasoning,
+        name="repositories",
+        tokens=500e9,
+        seq_len=32768,
+        mixture=REPOSITORIES,
+        packing=BestFit(),
+        rope_theta=1e6,
+    )
+    reasoning = dataclasses.replace(repositories, name="reasoning", mixture=REASONING)
+    long_agent = dataclasses.replace(
+        repositories, name="long_agent", tokens=100e9, seq_len=131072, mixture=LONG_AND_AGENT
+    )
+    return general, code_reasoning, repositories, reasoning, long_agent
+
+
+STAGES = _stages()
 
 
 def glm45() -> Experiment:
@@ -76,7 +100,7 @@ def mini_recipe() -> Experiment:
     small = scaled(_installed(), tokens=120e6, batch_tokens=65536, seq_len=512, least_steps=8)
     return _small(
         "mini_recipe",
-        dataclasses.replace(config.mini(vocab=16_384)),
+        config.mini(vocab=16_384),
         small,
         Muon(lr=2e-3, schedule=_cosine(small)),
         vocab=16_384,
@@ -85,7 +109,9 @@ def mini_recipe() -> Experiment:
 
 def tiny_recipe() -> Experiment:
     """The recipe on a 1M-parameter model and the installed text: minutes on a CPU."""
-    small = scaled(_installed(), tokens=400e3, batch_tokens=4096, seq_len=64, least_steps=10)
+    small = scaled(_installed(), tokens=500e3, batch_tokens=8192, seq_len=64, least_steps=10)
+    # Four sizes of the batch instead of thirteen: each compiles a step.
+    small = (dataclasses.replace(small[0], ramp_multiple=32), *small[1:])
     model = ModelConfig(
         vocab=2048,
         d_model=96,
@@ -109,7 +135,7 @@ def _cosine(chosen: tuple[Stage, ...], warmup_share: float = 0.02) -> Cosine:
 
 def _full(base: Experiment, name: str, mesh: MeshShape) -> Experiment:
     """The text and `tokenizer.json` are yours to put under corpus/."""
-    chosen = stages()
+    chosen = STAGES
     names = dict.fromkeys(source for stage in chosen for source, _ in stage.mixture)
     devices = mesh.data * mesh.fsdp * mesh.expert
     return dataclasses.replace(
@@ -140,7 +166,7 @@ def _installed() -> tuple[Stage, ...]:
         "agent": "python",
     }
     found = []
-    for stage in stages():
+    for stage in STAGES:
         weights: dict[str, float] = {}
         for name, weight in stage.mixture:
             weights[stand_in[name]] = weights.get(stand_in[name], 0.0) + weight
@@ -162,5 +188,6 @@ def _small(
             steps=total_steps(chosen), rows=rows, validate_every=50, validate_rows=4 * rows
         ),
         stages=chosen,
+        mesh=Pmap(1),  # rows of the last stage are fewer than most hosts' devices
         report=Report(prompts=("def main():\n",), max_tokens=32, ngrams=True),
     )

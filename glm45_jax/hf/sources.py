@@ -7,6 +7,7 @@ reader holds no more than a block of it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -182,9 +183,19 @@ def leaf_dtypes(source: Source, dtype: Any = None) -> dict[str, np.dtype]:
 
 def turned(view: np.ndarray) -> np.ndarray:
     """A transposed view as a plain array. XLA's copy is several times faster than numpy's."""
-    if view.flags.c_contiguous or view.ndim < 2:
+    cpu = _cpu()
+    if view.flags.c_contiguous or view.ndim < 2 or cpu is None:
         return np.ascontiguousarray(view)
-    return np.asarray(jax.device_put(view, jax.local_devices(backend="cpu")[0]))
+    return np.asarray(jax.device_put(view, cpu))
+
+
+@functools.cache
+def _cpu() -> jax.Device | None:
+    """A CPU device; None where JAX_PLATFORMS leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _rows_of(part: Callable[[Entry, tuple[slice, ...]], Any]) -> Callable[[Entry, Ranges], Rows]:

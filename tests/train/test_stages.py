@@ -15,6 +15,7 @@ from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data.pack import BestFit, Cut
 from glm45_jax.experiment import BadInput
 from glm45_jax.metrics import read_jsonl
+from glm45_jax.plan import table as dry_run
 from glm45_jax.streamed import open_arrays
 from glm45_jax.train.parallel import Pmap
 from glm45_jax.train.stages import Stage, scaled, spans, total_steps
@@ -77,6 +78,15 @@ def test_a_switch_happens_at_the_step_that_completes_the_stage_and_not_before():
     assert found[-1].end_step == midtrain.glm45().train.steps
 
 
+def test_the_dry_run_tells_every_stage_its_step_its_rate_and_its_memory():
+    lines = dry_run(midtrain.glm45()).splitlines()
+    told = {line.split()[0]: line.split() for line in lines[-5:]}
+    assert list(told) == [stage.name for stage in midtrain.STAGES]
+    assert told["repositories"][1:6] == ["335,127", "22.00T", "32,768", "2,048", "1,000,000"]
+    assert told["general"][-4:] == ["0", "to", "8.67e-05", told["general"][-1]]
+    assert float(told["long_agent"][-1]) > 80  # needs rows split over devices: no H100 holds it
+
+
 def test_spans_tile_steps_and_tokens():
     found = midtrain.mini_recipe().spans
     for before, after in itertools.pairwise(found):
@@ -90,21 +100,21 @@ def test_spans_tile_steps_and_tokens():
 
 @pytest.mark.parametrize("small", [midtrain.mini_recipe, midtrain.tiny_recipe])
 def test_the_small_recipes_keep_lengths_batches_and_what_does_not_scale(small):
-    for mine, theirs in zip(small().stages, midtrain.stages(), strict=True):
-        first, full = small().stages[0], midtrain.stages()[0]
+    for mine, theirs in zip(small().stages, midtrain.STAGES, strict=True):
+        first, full = small().stages[0], midtrain.STAGES[0]
         assert mine.seq_len / first.seq_len == theirs.seq_len / full.seq_len
         assert mine.batch_tokens / first.batch_tokens == theirs.batch_tokens / full.batch_tokens
         for name in ("name", "packing", "rope_theta", "bias_rate", "mtp_weight"):
             assert getattr(mine, name) == getattr(theirs, name)
-    long = scaled(midtrain.stages(), tokens=23.1e12, batch_tokens=FULL_BATCH, seq_len=4096)
-    for mine, theirs in zip(long, midtrain.stages(), strict=True):
+    long = scaled(midtrain.STAGES, tokens=23.1e12, batch_tokens=FULL_BATCH, seq_len=4096)
+    for mine, theirs in zip(long, midtrain.STAGES, strict=True):
         floats = {"tokens": theirs.tokens, "ramp_tokens": theirs.ramp_tokens}
         assert dataclasses.replace(mine, **floats) == theirs
         np.testing.assert_allclose([mine.tokens, mine.ramp_tokens], list(floats.values()))
 
 
 def test_a_stage_that_cannot_be_is_named():
-    good = midtrain.stages()[0]
+    good = midtrain.STAGES[0]
     with pytest.raises(ValueError, match="a batch of 5000 tokens is no multiple of seq_len 4096"):
         dataclasses.replace(good, batch_tokens=5000, start_batch_tokens=None, ramp_tokens=0)
     with pytest.raises(ValueError, match="weights are above 0"):

@@ -50,7 +50,9 @@ class Flow:
 
 @struct.dataclass
 class BlockOut:
-    """What a layer returns beside its output; None in a dense layer. Stacked: a leading L."""
+    """What a layer returns beside its output; None in a dense layer. Stacked: a leading L, the
+    cache aside.
+    """
 
     load_E: jax.Array | None
     balance_B: jax.Array | None
@@ -110,20 +112,28 @@ def stack(
     *,
     cfg: ModelConfig,
     cache: LayerCache | None = None,
+    first: int = 0,
     keep_logits: bool = True,
 ) -> tuple[jax.Array, BlockOut]:
-    """Layers one after another; `BlockOut` leaves gain a leading L. Router logits are dropped
-    unless kept.
+    """Layers one after another; `BlockOut` leaves gain a leading L, but for the cache, which is
+    that of all layers. Router logits are dropped unless kept.
+
+    first: the number of the first of these layers in the cache.
     """
 
-    def one(x_BTD, layer):
-        p, cache = layer
+    def one(carry, layer):
+        x_BTD, cache = carry
+        p, at = layer
+        cache = None if cache is None else cache.replace(layer=at)
         x_BTD, out = block(p, x_BTD, flow, cfg=cfg, cache=cache)
-        return x_BTD, out if keep_logits else out.replace(logits_BTE=None)
+        out = out if keep_logits else out.replace(logits_BTE=None)
+        return (x_BTD, out.cache), out.replace(cache=None)
 
     if cfg.remat != "none" and cache is None:
         one = jax.checkpoint(one, policy=POLICIES[cfg.remat], prevent_cse=False)
-    return jax.lax.scan(one, x_BTD, (p, cache))
+    at_L = first + jnp.arange(p.norm_ffn_D.shape[0], dtype=jnp.int32)
+    (x_BTD, cache), out = jax.lax.scan(one, (x_BTD, cache), (p, at_L))
+    return x_BTD, out.replace(cache=cache)
 
 
 def compute_dtype(cfg: ModelConfig) -> jnp.dtype:

@@ -27,9 +27,9 @@ class KVCache:
     table_BP: jax.Array
     length_B: jax.Array
 
-    def layers(self, start: int, stop: int) -> LayerCache:
-        """The stacked pages of some layers, as `lax.scan` takes them."""
-        return LayerCache(self.k_LPSKH[start:stop], self.v_LPSKH[start:stop])
+    def pages(self) -> LayerCache:
+        """The pages as the layers take them, one after another."""
+        return LayerCache(self.k_LPSKH, self.v_LPSKH, jnp.int32(0))
 
     def slots(self, tokens: int, valid_BT: jax.Array | None) -> Slots:
         """Where the next `tokens` tokens of each row go; invalid ones (right padding) are not
@@ -66,34 +66,42 @@ class Slots:
 
 @struct.dataclass
 class LayerCache:
-    """Pages of one layer (or, with a leading L, of stacked layers)."""
+    """The pages of all layers, and which layer is at work.
 
-    k_PSKH: jax.Array
-    v_PSKH: jax.Array
+    The scan over layers carries it: a layer writes its few slots into the one buffer and reads the
+    pages of its rows, so a step costs what it touches, not the whole cache.
+    """
+
+    k_LPSKH: jax.Array
+    v_LPSKH: jax.Array
+    layer: jax.Array
 
     def append(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slots: Slots) -> LayerCache:
         """The pages with this step's keys and values stored."""
 
-        def put(page_PSKH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-            flat = page_PSKH.reshape(-1, *page_PSKH.shape[2:])
-            return (
-                flat.at[slots.slot_BT]
-                .set(new_BTKH.astype(flat.dtype), mode="drop")
-                .reshape(page_PSKH.shape)
-            )
+        def put(page_LPSKH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+            n_layers, n_pages, size = page_LPSKH.shape[:3]
+            of_layer = n_pages * size
+            flat = page_LPSKH.reshape(n_layers * of_layer, *page_LPSKH.shape[3:])
+            # A slot out of its layer is no slot of the next one.
+            stored_BT = slots.slot_BT < of_layer
+            slot_BT = self.layer * of_layer + slots.slot_BT
+            slot_BT = jnp.where(stored_BT, slot_BT, n_layers * of_layer)
+            flat = flat.at[slot_BT].set(new_BTKH.astype(flat.dtype), mode="drop")
+            return flat.reshape(page_LPSKH.shape)
 
-        return LayerCache(put(self.k_PSKH, k_BTKH), put(self.v_PSKH, v_BTKH))
+        return self.replace(k_LPSKH=put(self.k_LPSKH, k_BTKH), v_LPSKH=put(self.v_LPSKH, v_BTKH))
 
     def read(self, slots: Slots) -> tuple[jax.Array, jax.Array]:
         """Keys and values of each row in order, [B, S, K, H]; slots not yet filled hold
         anything.
         """
 
-        def get(page_PSKH: jax.Array) -> jax.Array:
-            k_BPSKH = page_PSKH[slots.table_BP]
+        def get(page_LPSKH: jax.Array) -> jax.Array:
+            k_BPSKH = page_LPSKH[self.layer, slots.table_BP]
             return k_BPSKH.reshape(k_BPSKH.shape[0], -1, *k_BPSKH.shape[3:])
 
-        return get(self.k_PSKH), get(self.v_PSKH)
+        return get(self.k_LPSKH), get(self.v_LPSKH)
 
 
 def init_cache(

@@ -125,9 +125,10 @@ def decode(
     segments_BT = None if valid_BT is None else valid_BT.astype(jnp.int32)
     flow = make_flow(cfg, tokens_BT.shape, slots.positions_BT, segments_BT).replace(slots=slots)
     x_BTD, outs = _trunk(params, embed(params, tokens_BT, cfg), flow, cfg, cache, True)
-    k_LPSKH = jnp.concatenate([o.cache.k_PSKH for o in outs])
-    v_LPSKH = jnp.concatenate([o.cache.v_PSKH for o in outs])
-    cache = cache.replace(k_LPSKH=k_LPSKH, v_LPSKH=v_LPSKH, length_B=cache.length_B + slots.new_B)
+    pages = outs[-1].cache
+    assert pages is not None
+    length_B = cache.length_B + slots.new_B
+    cache = cache.replace(k_LPSKH=pages.k_LPSKH, v_LPSKH=pages.v_LPSKH, length_B=length_B)
     return _hidden(params, x_BTD, outs, cfg), cache
 
 
@@ -185,14 +186,13 @@ def _trunk(
     params: Params, x_BTD, flow: Flow, cfg: ModelConfig, cache: KVCache | None, keep_logits: bool
 ):
     outs: list[BlockOut] = []
-    parts: tuple[tuple[Any, int, int], ...] = (
-        (params.dense, 0, cfg.n_dense),
-        (params.moe, cfg.n_dense, cfg.n_layers),
-    )
-    for p, start, stop in parts:
+    pages = None if cache is None else cache.pages()
+    for p, first in ((params.dense, 0), (params.moe, cfg.n_dense)):
         if p is not None:
-            layer_cache = None if cache is None else cache.layers(start, stop)
-            x_BTD, out = stack(p, x_BTD, flow, cfg=cfg, cache=layer_cache, keep_logits=keep_logits)
+            x_BTD, out = stack(
+                p, x_BTD, flow, cfg=cfg, cache=pages, first=first, keep_logits=keep_logits
+            )
+            pages = out.cache
             outs.append(out)
     return x_BTD, outs
 

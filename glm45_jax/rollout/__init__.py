@@ -1,1 +1,1 @@
-"""Serving rollouts: sampling and, later, the engine."""
+"""Serving rollouts: sampling, the paged engine, continuous batching."""

@@ -125,17 +125,15 @@ def run_steps(
                 break
             step += 1
             tokens += batch.tokens_BT.size * jax.process_count()
-            scalars = {name: float(x) for name, x in jax.device_get(out.scalars).items()}
-            scalars |= dict(facts or {})
+            scalars = {**(facts or {}), **_floats(out.scalars)}
             scalars |= clock.rates(batch.tokens_BT.size * jax.process_count(), utilisation)
             hooked = {
                 k: v for h in hooks if h.due(step) for k, v in h(step, state, trainer).items()
             }
             if hooked:
                 clock.skip()
-            _write(
-                writers, step, scalars | hooked, out, step % train.log_every == 0 or bool(hooked)
-            )
+            due = bool(hooked) or step % train.log_every == 0
+            _write(writers, step, scalars | hooked, out, due)
             if progress is not None:
                 progress.update(step, scalars | hooked)
             if train.save_every and step % train.save_every == 0:
@@ -160,6 +158,10 @@ def resume(
         return None
     restored = checkpoints.restore(trainer.abstract)
     return trainer.load_view(restored.state), restored.sidecars, restored.step
+
+
+def _floats(scalars: Mapping[str, jax.Array]) -> dict[str, float]:
+    return {name: float(x) for name, x in jax.device_get(dict(scalars)).items()}
 
 
 class _Clock:

@@ -1,0 +1,327 @@
+"""The synchronous core of the driver: who runs, who waits, who holds which page. The type to know
+is `Batcher`. One thread at a time. Letters: B slots, P pages of a row.
+
+Order is arrival: a request waits for the one before it, a preempted one keeps its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from glm45_jax.rollout.pages import Pages, Prefix, Prefixes
+from glm45_jax.rollout.request import Request, key_of
+from glm45_jax.rollout.types import Finish, SlotEngine, Stats, Step
+
+log = logging.getLogger(__name__)
+
+# What an engine may raise for a request or a device (jax's own errors are among them). Any other is
+# a bug in this room.
+ENGINE_ERRORS = (
+    *(ValueError, TypeError, RuntimeError, ArithmeticError),
+    *(LookupError, MemoryError, OSError, AttributeError),
+)
+
+
+class Batcher:
+    """Requests over the slots and pages of one engine, a step at a time.
+
+    prefill_tokens: prompt tokens read in one step before the running rows go on, at least a chunk.
+    max_waiting: requests that may queue; one more fails. clock: seconds, for deadlines. closed: no
+    request is begun. paused: no row goes on.
+    """
+
+    def __init__(
+        self,
+        engine: SlotEngine,
+        params: Any,
+        *,
+        version: int,
+        prefill_tokens: int,
+        max_waiting: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._engine, self._params, self._clock = engine, params, clock
+        self._prefill_tokens, self._max_waiting = prefill_tokens, max_waiting
+        self._state = engine.init()
+        self._pages = Pages(engine.pages)
+        self._prefixes = Prefixes(self._pages)
+        width = -(-engine.max_tokens // engine.page)
+        self._table_BP = np.full((engine.slots, width), -1, np.int32)
+        self._slots: list[Request | None] = [None] * engine.slots
+        self._waiting: list[tuple[int, Request]] = []  # heap; those that ended are skipped
+        self._expiring: list[tuple[float, int, Request]] = []  # heap
+        self._stats = Stats(version=version)
+        self._queued = 0
+        self.unfinished: dict[int, Request] = {}
+        self.broken = ""
+        self.closed = self.paused = False
+
+    @property
+    def stats(self) -> Stats:
+        """Numbers of now, a copy."""
+        running = self._occupied
+        return dataclasses.replace(
+            self._stats,
+            waiting=self._queued,
+            running=running,
+            free_slots=self._engine.slots - running,
+            free_pages=self._pages.free,
+        )
+
+    @property
+    def moves(self) -> bool:
+        """Whether a step would do more than look at deadlines."""
+        return (not self.closed and self._queued > 0) or (not self.paused and self._occupied > 0)
+
+    def step(self) -> None:
+        """None; deadlines, prefills, one token of every running row."""
+        self._expire()
+        if not self.closed:
+            self._admit()
+        if not self.paused:
+            self._decode()
+        self._stats.ticks += 1
+
+    def enter(self, request: Request) -> None:
+        """None; the request waits, or has ended where it cannot be served."""
+        self._stats.submitted += 1
+        if why := self.broken or request.refusal(self._engine):
+            self.finish(request, "error", why)
+        elif self._queued >= self._max_waiting:
+            self.finish(request, "error", f"{self._queued} requests wait already; try later")
+        else:
+            if request.expires < math.inf:
+                heapq.heappush(self._expiring, (request.expires, request.seq, request))
+            self._queue(request)
+
+    def finish(self, request: Request, finish: Finish, error: str = "") -> None:
+        """None; the end of a request wherever it stands. Of one that has ended nothing changes."""
+        if request.status == "done":
+            return
+        if request.status == "waiting":
+            self._unqueue(request)
+        elif request.status == "running":
+            self._leave(request)
+        self.end(request, finish, error)
+
+    def end(self, request: Request, finish: Finish, error: str = "") -> None:
+        """None; its completion, without a look at what it holds."""
+        completion = request.end(finish, error)
+        del self.unfinished[request.seq]
+        setattr(self._stats, finish, getattr(self._stats, finish) + 1)
+        if request.on_done is not None:
+            request.on_done(completion)
+
+    def swap(self, params: Any, version: int) -> None:
+        """None; the next step is by these weights."""
+        self._params, self._stats.version = params, version
+        self._stats.pushes += 1
+        self._prefixes.drop_all()  # keys and values of other weights are shared with nobody new
+
+    def flush(self) -> None:
+        """None; every page is free, running requests wait again."""
+        for request in self._running():
+            self._preempt(request)
+        self._prefixes.drop_all()
+
+    def _queue(self, request: Request) -> None:
+        request.status, request.key = "waiting", key_of(request.tokens())
+        self._prefixes.want(request.key)
+        heapq.heappush(self._waiting, (request.seq, request))
+        self._queued += 1
+
+    def _unqueue(self, request: Request) -> None:
+        self._prefixes.unwant(request.key)
+        self._queued -= 1
+
+    def _leave(self, request: Request) -> None:
+        self._pages.release(request.pages)
+        self._slots[request.slot] = None
+        self._table_BP[request.slot] = -1
+        request.pages, request.slot = [], -1
+
+    def _preempt(self, request: Request) -> None:
+        """None; it waits again, at its old place, with the tokens it has."""
+        self._leave(request)
+        self._queue(request)
+        self._stats.preempted += 1
+
+    def _expire(self) -> None:
+        if len(self._expiring) > 2 * len(self.unfinished) + 64:
+            self._expiring = [entry for entry in self._expiring if entry[2].status != "done"]
+            heapq.heapify(self._expiring)
+        while self._expiring and self._expiring[0][0] <= self._clock():
+            self.finish(heapq.heappop(self._expiring)[2], "deadline")
+
+    @property
+    def _occupied(self) -> int:
+        return sum(r is not None for r in self._slots)
+
+    def _running(self) -> list[Request]:
+        """Running requests, oldest first."""
+        return sorted((r for r in self._slots if r is not None), key=lambda r: r.seq)
+
+    def _admit(self) -> None:
+        """None; waiting requests get slots in their order, until slots, pages or the tokens of a
+        tick run out.
+        """
+        budget = self._prefill_tokens
+        while budget > 0 and None in self._slots and (request := self._next()) is not None:
+            prefix = self._prefixes.get(request.key) or self._begin(request)
+            if prefix is None:
+                return
+            try:
+                if not prefix.ready:
+                    budget -= self._read_chunk(prefix)
+                elif not self._join(request, prefix):
+                    return
+                else:
+                    budget -= 1
+            except ENGINE_ERRORS as error:
+                self._fail([request], error)
+
+    def _next(self) -> Request | None:
+        """The request that has waited longest."""
+        if len(self._waiting) > 2 * self._queued + 64:
+            self._waiting = [entry for entry in self._waiting if entry[1].status == "waiting"]
+            heapq.heapify(self._waiting)
+        while self._waiting and self._waiting[0][1].status != "waiting":
+            heapq.heappop(self._waiting)
+        return self._waiting[0][1] if self._waiting else None
+
+    def _begin(self, request: Request) -> Prefix | None:
+        """A prefix with pages for the tokens of a request; None while running rows need those that
+        are free, one each.
+        """
+        tokens, page = request.tokens(), self._engine.page
+        with_next = len(tokens) // page + 1
+        if not self._prefixes.reclaim(with_next + self._occupied):
+            return None
+        pages = self._pages.take(-(-len(tokens) // page))
+        assert pages is not None
+        return self._prefixes.begin(request.key, tokens, pages)
+
+    def _read_chunk(self, prefix: Prefix) -> int:
+        """Tokens read: the next of a prefix, at most a chunk."""
+        piece = prefix.tokens[prefix.done : prefix.done + self._engine.chunk]
+        self._state, prefix.last = self._engine.prefill(
+            self._params, self._state, piece, prefix.done, prefix.pages
+        )
+        prefix.done += len(piece)
+        if prefix.last.routes_TLA is not None:
+            prefix.routes.append(prefix.last.routes_TLA)
+        self._stats.prefill_chunks += 1
+        self._stats.prefill_tokens += len(piece)
+        return len(piece)
+
+    def _join(self, request: Request, prefix: Prefix) -> bool:
+        """Whether a request took a slot over a ready prefix, and its next token with it.
+
+        The last who waits takes the pages over; others share the full ones and copy the last, which
+        they will write to.
+        """
+        length, page = len(prefix.tokens), self._engine.page
+        full, copy = prefix.pages[: length // page], None
+        shares = self._prefixes.waiting(request.key) > 1
+        if shares and not self._prefixes.reclaim(1 + self._occupied, keep=request.key):
+            if self._occupied:
+                return False
+            shares = False  # alone, and no page left: the prefix is its own
+        if shares:
+            tail = self._pages.take(1 if length % page else 0)
+            assert tail is not None
+            self._pages.share(full)
+            pages = full + tail
+            copy = (prefix.pages[-1], tail[0]) if tail else None
+            self._stats.shared_tokens += length
+        else:
+            pages = self._prefixes.give(request.key).pages
+        heapq.heappop(self._waiting)  # its own entry: it was the first
+        self._unqueue(request)
+        self._seat(request, pages)
+        assert prefix.last is not None
+        self._state, step = self._engine.insert(
+            self._state,
+            prefix.last,
+            slot=request.slot,
+            length=length,
+            index=len(request.out),
+            sampling=request.sampling,
+            copy=copy,
+        )
+        request.take(prefix)
+        self._append(request, step, 0)
+        return True
+
+    def _seat(self, request: Request, pages: list[int]) -> None:
+        slot = self._slots.index(None)
+        request.status, request.slot, request.pages = "running", slot, pages
+        self._slots[slot] = request
+        self._table_BP[slot, : len(pages)] = pages
+
+    def _decode(self) -> None:
+        for request in self._running():
+            if request.status == "running":  # an older one may have sent it back
+                self._grow(request)
+        running = self._running()
+        if not running:
+            return
+        active_B = np.asarray([r is not None for r in self._slots])
+        try:
+            self._state, step = self._engine.decode(
+                self._params, self._state, self._table_BP, active_B
+            )
+        except ENGINE_ERRORS as error:
+            self._fail(running, error)
+            return
+        self._stats.decode_steps += 1
+        for request in running:
+            if step.routes_BLA is not None:
+                request.routes.append(step.routes_BLA[request.slot][None].copy())
+            self._append(request, step, request.slot)
+
+    def _grow(self, request: Request) -> None:
+        """None; the row has the page its next token goes to. Where none is free, prefixes give
+        theirs, then the youngest row does: it waits again.
+        """
+        at = request.cached // self._engine.page
+        while at >= len(request.pages):
+            if not self._prefixes.reclaim(1):
+                youngest = self._running()[-1]
+                self._preempt(youngest)
+                if youngest is request:
+                    return
+                continue
+            (page,) = self._pages.take(1) or []
+            self._table_BP[request.slot, len(request.pages)] = page
+            request.pages.append(page)
+        assert self._pages.holders(request.pages[at]) == 1, "a shared page would be written"
+
+    def _append(self, request: Request, step: Step, row: int) -> None:
+        try:
+            finish = request.append(step, row, self._stats.version)
+        except ArithmeticError as error:
+            self.finish(request, "error", str(error))
+            return
+        self._stats.output_tokens += 1
+        if finish is not None:
+            self.finish(request, finish)
+
+    def _fail(self, culprits: list[Request], error: BaseException) -> None:
+        """None; what the engine raised ends its culprits. The others wait again with the
+        tokens they have: the state went into the call that failed.
+        """
+        log.error("the engine failed %d requests", len(culprits), exc_info=error)
+        self._stats.failures += 1
+        for request in culprits:
+            self.finish(request, "error", f"{type(error).__name__}: {error}")
+        self.flush()
+        self._state = None
+        self._state = self._engine.init()

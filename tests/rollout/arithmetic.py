@@ -1,0 +1,106 @@
+"""An engine of integers under the driver: the next token is a function of all tokens that the pages
+of its row hold, so a lost, doubled, crossed or stale page gives another answer.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from glm45_jax.rollout.sampling import Draw
+from glm45_jax.rollout.types import Prefilled, Step
+
+
+@dataclasses.dataclass
+class State:
+    """What the device would hold. Written in place: nobody else has it."""
+
+    page_PS: np.ndarray
+    length_B: np.ndarray
+    token_B: np.ndarray
+    seed_B: np.ndarray
+    index_B: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """A `SlotEngine`; its params are a number, the version, and come back as the raw log-prob."""
+
+    slots: int
+    pages: int
+    page: int = 4
+    max_tokens: int = 40
+    chunk: int = 8
+    vocab: int = 97
+
+    def init(self):
+        zeros = [np.zeros(self.slots, np.int64) for _ in range(4)]
+        return State(np.full((self.pages, self.page), 10**6), *zeros)
+
+    def prefill(self, params, state, tokens, start, row):
+        assert 1 <= len(tokens) <= self.chunk
+        if 96 in tokens:
+            raise RuntimeError("token 96 breaks the device")
+        for i, token in enumerate(tokens, start):
+            state.page_PS[row[i // self.page], i % self.page] = token
+        table_1P = np.full((1, self.row_pages), -1)
+        table_1P[0, : len(row)] = row
+        total_1 = weighted(self.read(state, table_1P), np.asarray([start + len(tokens)]))
+        return state, Prefilled((total_1, params))
+
+    def insert(self, state, prefilled, *, slot, length, index, sampling, copy):
+        if copy is not None:
+            state.page_PS[copy[1]] = state.page_PS[copy[0]]
+        total_1, params = prefilled.logits_1V
+        token_1 = next_token(total_1, np.asarray([sampling.seed]), np.asarray([index]), self.vocab)
+        state.length_B[slot], state.index_B[slot] = length, index + 1
+        state.token_B[slot], state.seed_B[slot] = token_1[0], sampling.seed
+        return state, Step(drawn(token_1, params))
+
+    def decode(self, params, state, table_BP, active_B):
+        for b in np.flatnonzero(active_B):
+            at = state.length_B[b]
+            page = table_BP[b, at // self.page]
+            assert page >= 0
+            state.page_PS[page, at % self.page] = state.token_B[b]
+        state.length_B += active_B
+        total_B = weighted(self.read(state, table_BP), state.length_B)
+        token_B = next_token(total_B, state.seed_B, state.index_B, self.vocab)
+        state.token_B = np.where(active_B, token_B, state.token_B)
+        state.index_B += active_B
+        return state, Step(drawn(token_B, params))
+
+    @property
+    def row_pages(self):
+        return -(-self.max_tokens // self.page)
+
+    def read(self, state, table_BP):
+        return state.page_PS[table_BP].reshape(len(table_BP), -1)
+
+
+def weighted(token_BS, length_B):
+    """A number that every token and its place change."""
+    at_1S = np.arange(token_BS.shape[1])[None, :]
+    return (np.where(at_1S < length_B[:, None], token_BS + 1, 0) * (3 * at_1S + 7)).sum(axis=1)
+
+
+def next_token(total_B, seed_B, index_B, vocab):
+    return (total_B * 31 + seed_B * 17 + index_B * 5) % (vocab - 1)
+
+
+def drawn(token_B, version):
+    logp_B = -token_B.astype(np.float32) / 100
+    return Draw(token_B, logp_B, np.full(len(token_B), -version, np.float32))
+
+
+def answer(prompt, sampling, vocab):
+    """Tokens of an undisturbed output, and how it ends."""
+    tokens, out = list(prompt), []
+    while True:
+        total_1 = weighted(np.asarray([tokens]), np.asarray([len(tokens)]))
+        seed_1, index_1 = np.asarray([sampling.seed]), np.asarray([len(out)])
+        out.append(int(next_token(total_1, seed_1, index_1, vocab)[0]))
+        tokens.append(out[-1])
+        if out[-1] in sampling.stop:
+            return out, "stop"
+        if len(out) == sampling.max_tokens:
+            return out, "length"

@@ -6,8 +6,6 @@ Everything is a pure function of (params, tokens). Letters: B T D V L E.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct

@@ -180,3 +180,13 @@ def test_configs_that_cannot_be_are_refused_with_both_values():
     ):
         with pytest.raises(ValueError, match=words):
             build()
+
+
+def test_a_decode_step_makes_no_copy_of_the_cache(tiny):
+    cfg, params = tiny
+    cache = transformer.empty_cache(cfg, rows=2, max_tokens=2**14)
+    held = cache.k_LPSKH.nbytes + cache.v_LPSKH.nbytes
+    cache = cache.replace(table_BP=cache.table_BP[:, :4])  # rows that reach little of it
+    step = jax.jit(functools.partial(transformer.decode, cfg=cfg), donate_argnums=2)
+    compiled = step.lower(params, jnp.ones((2, 1), jnp.int32), cache).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < held / 8

@@ -1,0 +1,1 @@
+"""Reinforcement learning: advantages, packed rows of trajectories, policy losses."""

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from glm45_jax.data.pack import BestFit, Cut, RowSource
-from glm45_jax.data.sources import Doc, Source
+from glm45_jax.data.sources import Doc, Encodes, Source, counted
 from glm45_jax.data.store import TokenStore, open_store, write_store
 from glm45_jax.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
@@ -115,18 +115,18 @@ def _build(data: Data, folder: Path, fingerprint: str, tokenizer: Tokenizer | No
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         started = time.monotonic()
-        docs, dropped = _gather(data)
+        found = _gather(data)
         gathered = time.monotonic()
         if tokenizer is None:
-            tokenizer = train_bpe(_sample(data, docs), data.vocab)
+            tokenizer = train_bpe(_sample(data, found.docs), data.vocab)
         trained = time.monotonic()
         tokenizer.save(temporary)
-        counts = _write_stores(temporary, docs, tokenizer)
+        counts = _write_stores(temporary, data, found.docs, tokenizer)
         report: dict[str, Any] = {
             "fingerprint": fingerprint,
             "tokenizer": tokenizer.fingerprint,
             "vocab": tokenizer.vocab,
-            "duplicates_dropped": dropped,
+            "duplicates_dropped": found.duplicates,
             "sources": counts,
             "seconds": {
                 "gather": round(gathered - started, 2),
@@ -134,6 +134,8 @@ def _build(data: Data, folder: Path, fingerprint: str, tokenizer: Tokenizer | No
                 "encode_and_write": round(time.monotonic() - trained, 2),
             },
         }
+        if found.read:
+            report["read"] = found.read
         (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         _publish(temporary, folder)
         for name, splits in report["sources"].items():
@@ -158,22 +160,33 @@ def _publish(temporary: Path, folder: Path) -> None:
         log.info("%s was prepared by another process meanwhile; using that one", folder)
 
 
-def _gather(data: Data) -> tuple[dict[tuple[str, str], list[Doc]], dict[str, int]]:
-    """Documents by (source, split) in hash order, and how many exact duplicates were dropped."""
+class _Gathered(NamedTuple):
+    docs: dict[tuple[str, str], list[Doc]]  # by (source, split), in hash order
+    duplicates: dict[str, int]  # exact ones, dropped
+    read: dict[str, dict[str, int]]  # what sources counted themselves
+
+
+def _gather(data: Data) -> _Gathered:
     from tqdm import tqdm
 
     found: dict[tuple[str, str], list[Doc]] = {}
     dropped: dict[str, int] = {}
+    read: dict[str, dict[str, int]] = {}
     seen: set[str] = set()
     for source, _ in data.sources:
         keyed, dropped[source.name] = [], 0
-        for doc in tqdm(source.docs(), desc=f"read {source.name}", unit=" docs", disable=None):
+        counts: dict[str, int] = {}
+        for doc in tqdm(
+            counted(source, counts), desc=f"read {source.name}", unit=" docs", disable=None
+        ):
             text_hash = _digest(doc.text)
             if text_hash in seen:
                 dropped[source.name] += 1
                 continue
             seen.add(text_hash)
             keyed.append((_digest(str(data.seed), doc.id, doc.text), doc))
+        if counts:
+            read[source.name] = counts
         keyed.sort(key=lambda pair: pair[0])
         docs = [doc for _, doc in keyed[: data.max_docs]]
         if len(docs) < 2:
@@ -183,7 +196,7 @@ def _gather(data: Data) -> tuple[dict[tuple[str, str], list[Doc]], dict[str, int
             )
         parts = _split(docs, data)
         found |= {(source.name, split): part for split, part in zip(SPLITS, parts, strict=True)}
-    return found, dropped
+    return _Gathered(found, dropped, read)
 
 
 def _split(docs: Sequence[Doc], data: Data) -> tuple[list[Doc], list[Doc]]:
@@ -218,11 +231,15 @@ def _sample(data: Data, docs: Mapping[tuple[str, str], Sequence[Doc]]) -> Iterat
 
 
 def _write_stores(
-    folder: Path, docs: Mapping[tuple[str, str], Sequence[Doc]], tokenizer: Tokenizer
+    folder: Path,
+    data: Data,
+    docs: Mapping[tuple[str, str], Sequence[Doc]],
+    tokenizer: Tokenizer,
 ) -> dict[str, dict[str, Any]]:
     from tqdm import tqdm
 
     counts: dict[str, dict[str, Any]] = {}
+    source_of = {source.name: source for source, _ in data.sources}
     total = sum(len(doc.text) for part in docs.values() for doc in part)
     with tqdm(total=total, desc="encode", unit=" chars", unit_scale=True, disable=None) as bar:
         for (name, split), part in docs.items():
@@ -233,7 +250,7 @@ def _write_stores(
             }
             manifest = write_store(
                 folder / split / name,
-                _encoded(part, tokenizer, bar),
+                _encoded(source_of[name], part, tokenizer, bar),
                 end=tokenizer.id_of(END_OF_TEXT),
                 vocab=tokenizer.vocab,
                 tokenizer_fingerprint=tokenizer.fingerprint,
@@ -245,11 +262,16 @@ def _write_stores(
     return counts
 
 
-def _encoded(docs: Sequence[Doc], tokenizer: Tokenizer, bar: Any) -> Iterator[list[int]]:
+def _encoded(
+    source: Source, docs: Sequence[Doc], tokenizer: Tokenizer, bar: Any
+) -> Iterator[list[int]]:
     for start in range(0, len(docs), _ENCODE_DOCS):
-        texts = [doc.text for doc in docs[start : start + _ENCODE_DOCS]]
-        yield from tokenizer.encode_batch(texts)
-        bar.update(sum(len(text) for text in texts))
+        part = docs[start : start + _ENCODE_DOCS]
+        if isinstance(source, Encodes):
+            yield from source.encode(part, tokenizer)
+        else:
+            yield from tokenizer.encode_batch([doc.text for doc in part])
+        bar.update(sum(len(doc.text) for doc in part))
 
 
 def _open(data: Data, folder: Path, fingerprint: str, verify: bool) -> Prepared:

@@ -1,7 +1,8 @@
 """Where documents come from: frozen values, each with a deterministic iterator of `Doc`s.
 
 A new source is one class here (or anywhere) with the three members of `Source`, and one line in a
-`Data`. The sources below need no download: they read what a Python environment already holds.
+`Data`; one that writes more than plain text as tokens has a fourth (`Encodes`). The sources below
+need no download: they read what a Python environment already holds.
 No jax: sources run in worker processes.
 """
 
@@ -10,13 +11,17 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import platform
+import stat
 import sysconfig
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from glm45_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +57,49 @@ class Source(Protocol):
         ...
 
     def docs(self) -> Iterator[Doc]:
-        """Every document, in an order that depends only on the fields and on `version`."""
+        """Every document, in an order that depends only on the fields and on `version`.
+
+        A generator may return counts (name -> number) of what it read and left out; `prepare` puts
+        them into its report.
+        """
         ...
 
     def version(self) -> str:
         """What the text depends on besides the fields; another value means: prepare again."""
         ...
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """A source that turns its own documents into tokens, say with special ones between the parts.
+
+    `prepare` calls `encode` in place of the tokenizer's; all else (duplicates, split, the text the
+    tokenizer is trained on) goes by `Doc.text`.
+    """
+
+    def encode(self, docs: Sequence[Doc], tokenizer: Tokenizer) -> list[list[int]]:
+        """Ids of every document, without `<|endoftext|>`; no other state than the fields."""
+        ...
+
+
+def counted(source: Source, counts: dict[str, int]) -> Iterator[Doc]:
+    """The documents of `source`; after the last one `counts` holds what the source returned."""
+    docs: Any = source.docs()
+    counts |= (yield from docs) or {}  # None from an iterator that is no generator
+
+
+class SourceFile(NamedTuple):
+    """A file of a repository. id: its path there, the same on every machine."""
+
+    path: Path
+    id: str
+    repo: str
+    licence: str
+
+    def meta(self) -> dict[str, str]:
+        """What a `Doc` of this file says of itself."""
+        group = f"file/{self.repo}/{self.id}"
+        return {"path": self.id, "repo": self.repo, "licence": self.licence, "group": group}
 
 
 @dataclass(frozen=True)
@@ -82,6 +124,10 @@ class PythonSources:
             if text is not None:
                 yield Doc(file.id, text, self.name, file.meta())
         reader.report()
+
+    def files(self) -> Iterator[SourceFile]:
+        """The files, package by package (`data/repositories.py` joins them)."""
+        return _python_files(self.include, self.packages)
 
     def version(self) -> str:
         """Versions of the interpreter and of the packages."""
@@ -210,6 +256,67 @@ class TextFiles:
         return files
 
 
+class DroppedError(Exception):
+    """A document or file that is left out; the text is the reason it is counted under."""
+
+
+def read_utf8(path: Path, max_bytes: int) -> str:
+    """The text of a file, line ends as they are.
+
+    Raises: DroppedError (symlink, not_a_file, unreadable, too_large, not_utf8, blank).
+    """
+    try:
+        info = path.lstat()
+        if stat.S_ISLNK(info.st_mode):
+            raise DroppedError("symlink")
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+            raise DroppedError("not_a_file")
+        if info.st_size > max_bytes:
+            raise DroppedError("too_large")
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DroppedError("not_utf8") from error
+    except OSError as error:
+        raise DroppedError("unreadable") from error
+    if not text.strip():
+        raise DroppedError("blank")
+    return text
+
+
+def walk_files(root: Path) -> Iterator[tuple[Path, str]]:
+    """Every file and symlink below root with its path from there; hidden folders are left out.
+
+    Folders in the order of their names, no symlink followed.
+    """
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        links = [name for name in folders if (here / name).is_symlink()]
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in links)
+        for name in sorted(names + links):
+            yield here / name, (here / name).relative_to(root).as_posix()
+
+
+def digest_files(files: Iterable[tuple[Path, str]]) -> str:
+    """A digest of paths, sizes and times, so that an edited folder is read again."""
+    digest = hashlib.sha256()
+    for path, where in files:
+        info = path.lstat()
+        line = f"{where} {info.st_size} {info.st_mtime_ns}\n"
+        digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def split_at_lines(text: str, limit: int) -> list[str]:
+    """Parts of at most `limit` characters that join to the text, cut at line ends if possible."""
+    parts, begin = [], 0
+    while len(text) - begin > limit:
+        # rfind's -1 becomes 0: no line ends here, so cut inside the line.
+        end = text.rfind("\n", begin, begin + limit) + 1 or begin + limit
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
+
+
 class _Reader:
     """Reads UTF-8 files; counts what it could not read and what was blank."""
 
@@ -238,27 +345,16 @@ class _Reader:
         )
 
 
-class _PythonFile(NamedTuple):
-    path: Path
-    id: str  # path from the folder that holds the package, the same on every machine
-    repo: str
-    licence: str
-
-    def meta(self) -> dict[str, str]:
-        group = f"file/{self.repo}/{self.id}"
-        return {"path": self.id, "repo": self.repo, "licence": self.licence, "group": group}
-
-
-def _python_files(include: tuple[str, ...], packages: tuple[str, ...]) -> Iterator[_PythonFile]:
+def _python_files(include: tuple[str, ...], packages: tuple[str, ...]) -> Iterator[SourceFile]:
     if "stdlib" in include:
         root = Path(sysconfig.get_paths()["stdlib"])
         for path, where in _sorted_python(root, root):
-            yield _PythonFile(path, where, "cpython", "PSF-2.0")
+            yield SourceFile(path, where, "cpython", "PSF-2.0")
     if "site" in include:
         for package in packages:
             folder, licence = _package_folder(package), _licence(_distribution(package))
             for path, where in _sorted_python(folder, folder.parent):
-                yield _PythonFile(path, where, package, licence)
+                yield SourceFile(path, where, package, licence)
 
 
 def _sorted_python(folder: Path, root: Path) -> list[tuple[Path, str]]:

@@ -64,6 +64,8 @@ class Rules:
     """Mesh axes of each logical axis. Weights by fsdp and tensor; activations by batch.
 
     The default is fully sharded data parallelism with tensor parallel heads, mlp and vocabulary.
+    exchange: how tokens meet experts on other devices, a value of `model/expert_parallel.py`; None
+    picks by the size of the group and the platform (docs/adr/0011).
     """
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
@@ -76,6 +78,7 @@ class Rules:
     mlp: tuple[str, ...] = ("tensor",)
     experts: tuple[str, ...] = ("expert",)
     layers: tuple[str, ...] = ()
+    exchange: Any = None
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """PartitionSpec of an array with these logical axes; a mesh axis is used once, by the first
@@ -85,7 +88,7 @@ class Rules:
         """
         used: set[str] = set()
         parts: list[tuple[str, ...] | None] = []
-        known = {f.name for f in dataclasses.fields(self)}
+        known = {f.name for f in dataclasses.fields(self)} - {"exchange"}
         for name in axes:
             if name is not None and name not in known:
                 raise ValueError(f"no rule for logical axis {name!r}; rules are {sorted(known)}")
@@ -139,10 +142,20 @@ def constrain(x: jax.Array, axes: Axes) -> jax.Array:
 
 def shardings(specs: Any, mesh: Mesh, rules: Rules) -> Any:
     """NamedSharding of every weight of a plan. A dimension that its mesh axes do not divide is
-    replicated.
+    replicated; experts are not.
+
+    Raises: ValueError where experts do not divide, or the exchange cannot run on these devices.
     """
+    platform = mesh.devices.flat[0].platform
+    if rules.exchange is not None and (why := rules.exchange.refuses(platform)):
+        raise ValueError(
+            f"rules.exchange={rules.exchange}: {why}; rules.exchange=None picks for you"
+        )
 
     def one(spec: Any) -> NamedSharding:
+        for n, name in zip(spec.shape, spec.axes, strict=True):
+            if name == "experts":
+                check_experts(n, mesh.shape, rules)
         return NamedSharding(mesh, fitting(rules.spec(spec.axes), spec.shape, mesh.shape))
 
     return jax.tree.map(one, specs, is_leaf=is_spec)
@@ -159,6 +172,16 @@ def check_batch(rows: int, sizes: Mapping[str, int], rules: Rules) -> None:
     """
     n = math.prod(sizes[a] for a in rules.batch)
     check_divides(rows, n, f"devices on axes {rules.batch}", "mesh or rules.batch")
+
+
+def check_experts(experts: int, sizes: Mapping[str, int], rules: Rules) -> None:
+    """Raises ValueError where the experts do not divide over their axes of a mesh of this size."""
+    n = ways(rules.experts, sizes)
+    if experts % n:
+        raise ValueError(
+            f"{experts} experts do not divide over {n} devices on axes {rules.experts}; "
+            f"use {math.gcd(experts, n)} devices there or change mesh or rules.experts"
+        )
 
 
 def check_divides(rows: int, n: int, what: str, change: str) -> None:

@@ -264,10 +264,12 @@ def _layer_weights(
     total = 0.0
     for spec in layer:
         as_stored = one_device and jnp.dtype(spec.dtype).itemsize == act
-        if spec.kind == "matrix" and not as_stored:
-            routed = "experts" in spec.axes
-            share = _held_experts(cfg, sizes, rules) if routed else 0.0
-            total += spec.size * share * act or _local_bytes(spec, cfg.dtype, kept, rules)
+        if spec.kind != "matrix" or as_stored:
+            continue
+        if "experts" in spec.axes:
+            total += spec.size * act * _held_experts(cfg, sizes, rules)
+        else:
+            total += _local_bytes(spec, cfg.dtype, kept, rules)
     return total
 
 
@@ -295,7 +297,7 @@ def _exchange(
     moe = cfg.moe
     lay = layout(sizes, rules, experts=moe.experts, d_model=cfg.d_model, width=moe.d_expert)
     # The platform is not known here; the exchanges it decides between have the same buffers.
-    return rules.exchange or default_exchange(lay.group.size, "gpu")[0], lay
+    return rules.exchange or default_exchange(lay.group.size, moe.top_k, "gpu")[0], lay
 
 
 @functools.cache

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 
 from glm45_jax import sharding
 from glm45_jax.kernels.grouped_matmul import grouped_matmul
-from glm45_jax.kernels.routing import combine, count_rows, permute, route
+from glm45_jax.kernels.routing import route
+from glm45_jax.model.expert_parallel import ExpertWeights, mixture
 from glm45_jax.params import ParamSpec
 
 
@@ -50,13 +51,15 @@ class MoeOut:
 
     y_BTD: output. load_E: valid tokens each expert took, int32, over all devices of the mesh.
     balance_B: sum over a row's documents of sum_e f_e P_e, float32 (spec 2.5, alpha = 1).
-    logits_BTE: router logits, float32.
+    logits_BTE: router logits, float32. spilled: rows that the buffers of the exchange did not hold
+    and that took a further pass, int32, over all devices.
     """
 
     y_BTD: jax.Array
     load_E: jax.Array
     balance_B: jax.Array
     logits_BTE: jax.Array
+    spilled: jax.Array
 
 
 def mlp_specs(layers: int, d_model: int, width: int, std: float) -> MlpParams:
@@ -134,8 +137,8 @@ class Moe:
     ) -> MoeOut:
         """Routed plus shared experts. Dropless: every token meets its top_k experts, padding too.
 
-        On a mesh the rows of the batch are routed where they lie: x[B/batch, T, D] -> y[B/batch, T,
-        D], the experts' weights gathered, the load summed over devices.
+        On a mesh tokens and experts meet as `Rules.exchange` says: x[B/batch, T/seq, D] -> y of the
+        same layout.
         """
         logits_BTE = jnp.einsum(
             "btd,de->bte",
@@ -143,38 +146,32 @@ class Moe:
             p.router_DE.astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
-        weights = jax.tree.map(lambda w: w.astype(x_BTD.dtype), (p.gate_EDF, p.up_EDF, p.down_EFD))
-        body = functools.partial(self._local, impl_route=impl_route, impl_matmul=impl_matmul)
-        y_BTD, load_E, balance_B = _over_rows(body)(
-            x_BTD, logits_BTE, segments_BT, p.bias_E, weights
+        weights = ExpertWeights(
+            *(w.astype(x_BTD.dtype) for w in (p.gate_EDF, p.up_EDF, p.down_EFD))
         )
-        if p.shared is not None:
-            y_BTD = y_BTD + swiglu(p.shared, x_BTD)
-        return MoeOut(y_BTD, load_E, balance_B, logits_BTE)
-
-    def _local(self, x_BTD, logits_BTE, segments_BT, bias_E, weights, *, impl_route, impl_matmul):
-        """One shard: route, permute, three grouped products, combine."""
-        B, T, D = x_BTD.shape
-        logits_ME = logits_BTE.reshape(B * T, self.experts)
-        r = route(
-            logits_ME,
-            bias_E,
+        mixed = mixture(
+            x_BTD,
+            logits_BTE,
+            segments_BT,
+            p.bias_E,
+            weights,
             top_k=self.top_k,
-            groups=self.groups,
-            top_groups=self.top_groups,
-            norm_topk=self.norm_topk,
-            scale=self.scale,
-            impl=impl_route,
+            route=functools.partial(
+                route,
+                top_k=self.top_k,
+                groups=self.groups,
+                top_groups=self.top_groups,
+                norm_topk=self.norm_topk,
+                scale=self.scale,
+                impl=impl_route,
+            ),
+            matmul=functools.partial(grouped_matmul, impl=impl_matmul),
         )
-        gate_EDF, up_EDF, down_EFD = weights
-        x_RD = permute(x_BTD.reshape(B * T, D), r.order_R)
-        gate_RF = grouped_matmul(x_RD, gate_EDF, r.rows_E, impl=impl_matmul)
-        up_RF = grouped_matmul(x_RD, up_EDF, r.rows_E, impl=impl_matmul)
-        y_RD = grouped_matmul(jax.nn.silu(gate_RF) * up_RF, down_EFD, r.rows_E, impl=impl_matmul)
-        y_MD = combine(y_RD, r.gate_MA, r.order_R).astype(x_BTD.dtype)
-        valid_M = None if segments_BT is None else segments_BT.reshape(-1) > 0
-        load_E = count_rows(r.expert_MA, self.experts, valid_M)
-        return y_MD.reshape(B, T, D), load_E, balance(logits_BTE, segments_BT, top_k=self.top_k)
+        balance_B = _over_rows(functools.partial(balance, top_k=self.top_k))(
+            logits_BTE, segments_BT
+        )
+        y_BTD = mixed.y_BTD if p.shared is None else mixed.y_BTD + swiglu(p.shared, x_BTD)
+        return MoeOut(y_BTD, mixed.load_E, balance_B, logits_BTE, mixed.spilled)
 
 
 def balance(logits_BTE: jax.Array, segments_BT: jax.Array | None, *, top_k: int) -> jax.Array:
@@ -204,23 +201,11 @@ def balance(logits_BTE: jax.Array, segments_BT: jax.Array | None, *, top_k: int)
     return jax.vmap(one)(hit_BTE, share_BTE, segments_BT)
 
 
-def _over_rows(body):
-    """`body` on each device's rows of the batch; plain `body` where no mesh is set."""
+def _over_rows(f):
+    """`f` of whole rows, each device its own; plain `f` where no mesh is set."""
     ambient = sharding.current()
     if ambient is None:
-        return body
+        return f
     mesh, rules = ambient
-    axes = sharding.batch_axes(mesh, rules)
-    rows, whole = PartitionSpec(axes or None), PartitionSpec()
-
-    def local(*args):
-        y_BTD, load_E, balance_B = body(*args)
-        return y_BTD, jax.lax.psum(load_E, axes) if axes else load_E, balance_B
-
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(rows, rows, rows, whole, whole),
-        out_specs=(rows, whole, rows),
-        check_vma=False,
-    )
+    rows = PartitionSpec(sharding.batch_axes(mesh, rules) or None)
+    return jax.shard_map(f, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)

@@ -58,7 +58,7 @@ CASES = {
 
 def exchanges(platform: str) -> list[Any]:
     """Those that run here; the ragged one too where it is slow: that it is, is what we show."""
-    every = [GatherTokens(), PaddedAllToAll(), TIGHT, GatherWeights(), RaggedAllToAll()]
+    every: list[Any] = [GatherTokens(), PaddedAllToAll(), TIGHT, GatherWeights(), RaggedAllToAll()]
     return [x for x in every if x.refuses(platform) is None]
 
 
@@ -146,6 +146,7 @@ def report(op: str, shape: str, found: dict[str, dict[str, Any]], more: Callable
 def layers(case: Case, mesh: Mesh, shape: str) -> list[dict]:
     """One device with all experts, and all devices by every exchange."""
     alone = sharding.make_mesh(MeshShape(fsdp=1), jax.devices()[:1])
+    contenders: dict[str, Callable[[], Contender]]
     contenders = {"one device": functools.partial(layer, case, alone, Rules())}
     for exchange in exchanges(jax.default_backend()):
         rules = Rules(exchange=exchange)

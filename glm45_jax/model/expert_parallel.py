@@ -26,6 +26,12 @@ from glm45_jax.model.slots import Apply, by_expert, collect, in_passes, move, ov
 
 log = logging.getLogger(__name__)
 
+# Where experts are gathered over fsdp inside the body, by hand. The partitioner's way, before it,
+# ends on GPU in gradients that are reduced whole on every device; but XLA's CPU runtime does not
+# order collectives inside Muon's loops against others, and gradients that arrive one by one hang it
+# (docs/adr/0011).
+GATHER_INSIDE = ("gpu", "tpu")
+
 Matmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -64,8 +70,9 @@ class Group:
 class Layout:
     """Mesh axes of one mixture: x[B/batch, T/seq, D], gate[E/group, D/embed, F/mlp].
 
-    Experts are gathered over `embed`. `mlp` splits no tokens: each of its devices multiplies its
-    part of F for the same tokens, and the outputs are summed.
+    Experts are gathered over `embed` inside, so that their gradients are reduce-scattered. `mlp`
+    splits no tokens: each of its devices multiplies its part of F for the same tokens, and the
+    outputs are summed.
     """
 
     batch: tuple[str, ...] = ()
@@ -136,7 +143,10 @@ def mixture(
         )
     mesh, rules = ambient
     E, D, F = weights.gate_EDF.shape
+    platform = mesh.devices.flat[0].platform
     lay = layout(mesh.shape, rules, experts=E, d_model=D, width=F)
+    if platform not in GATHER_INSIDE:
+        lay = dataclasses.replace(lay, embed=())
     T, parts = x_BTD.shape[1], sharding.ways(lay.seq, mesh.shape)
     if T % parts:  # MTP has T - 1 positions
         if segments_BT is None:
@@ -144,12 +154,7 @@ def mixture(
         x_BTD, logits_BTE, segments_BT = (
             _pad_time(x, -T % parts) for x in (x_BTD, logits_BTE, segments_BT)
         )
-    exchange = choose(
-        rules.exchange,
-        size=lay.group.size,
-        top_k=top_k,
-        platform=mesh.devices.flat[0].platform,
-    )
+    exchange = choose(rules.exchange, size=lay.group.size, top_k=top_k, platform=platform)
     mixed = jax.shard_map(
         functools.partial(body, lay=lay, exchange=exchange),
         mesh=mesh,

@@ -183,8 +183,10 @@ def emulated_ragged_all_to_all(
 
 
 @functools.cache
-def mixture_of(exchange, shape=SPREAD):
-    """A function of the selection bias: output and gradients of one mixture; and its HLO."""
+def mixture_of(exchange, shape=SPREAD, gather_inside=()):
+    """A function of the selection bias: output and gradients of one mixture; and its HLO.
+    gather_inside: what the caller has set `GATHER_INSIDE` to, for the cache.
+    """
     rules = Rules(exchange=exchange)
     mesh, params = placed(CFG, shape, rules)
     p = jax.tree.map(lambda w: w[0], params.moe.ffn)
@@ -226,6 +228,19 @@ def test_every_exchange_is_exact_however_skewed_the_routing(exchange, ragged_on_
         assert_array_equal(out.load_E, alone.load_E, err_msg=name)
         for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(alone_grads), strict=True):
             assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), err_msg=name)
+
+
+def test_experts_gathered_by_hand_give_the_same_and_scatter_their_gradients(monkeypatch):
+    monkeypatch.setattr(expert_parallel, "GATHER_INSIDE", ("cpu",))
+    of, text = mixture_of(PaddedAllToAll(), SPREAD, ("cpu",))
+    bias = BIASES["one takes all, one nothing"]
+    out, grads = of(bias)
+    alone, alone_grads = mixture_of(GatherWeights(), ONE)[0](bias)
+    assert_allclose(out.y_BTD, alone.y_BTD, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(alone_grads), strict=True):
+        assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert len(collectives(text, "reduce-scatter")) == 3
+    assert not whole_experts(collectives(text, "all-gather"))
 
 
 def test_rows_beyond_the_slots_of_a_pass_are_counted():

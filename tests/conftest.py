@@ -16,12 +16,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # The suite is bound by compiling: LLVM's optimisations cost a third of it and win nothing on tiny
 # models.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
-# The default scheduler may start two collectives of a device in any order; with eight devices on
-# two cores each then waits for the others (docs/adr/0011).
-IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-for flag in (FAST_COMPILE, IN_ORDER) if PLATFORM == "cpu" else ():
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+if PLATFORM == "cpu" and FAST_COMPILE not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
 
 import jax  # noqa: E402
 

@@ -26,9 +26,9 @@ from glm45_jax.model.slots import Apply, by_expert, collect, in_passes, move, ov
 
 log = logging.getLogger(__name__)
 
-# Where experts are gathered over fsdp inside the body, by hand. The partitioner's way, before it,
-# ends on GPU in gradients that are reduced whole on every device; but XLA's CPU runtime does not
-# order collectives inside Muon's loops against others, and gradients that arrive one by one hang it
+# Where experts are gathered inside the body, by hand. The partitioner's way, before it, ends on GPU
+# in gradients that are reduced whole on every device; but XLA's CPU runtime does not order
+# collectives inside Muon's loops against others, and gradients that arrive one by one hang it
 # (docs/adr/0011).
 GATHER_INSIDE = ("gpu", "tpu")
 
@@ -145,8 +145,12 @@ def mixture(
     E, D, F = weights.gate_EDF.shape
     platform = mesh.devices.flat[0].platform
     lay = layout(mesh.shape, rules, experts=E, d_model=D, width=F)
+    exchange = choose(rules.exchange, size=lay.group.size, top_k=top_k, platform=platform)
     if platform not in GATHER_INSIDE:
         lay = dataclasses.replace(lay, embed=())
+        if rules.exchange is None:
+            group = Group((), lay.group.everyone, 1)
+            lay, exchange = dataclasses.replace(lay, mlp=(), group=group), GatherWeights()
     T, parts = x_BTD.shape[1], sharding.ways(lay.seq, mesh.shape)
     if T % parts:  # MTP has T - 1 positions
         if segments_BT is None:
@@ -154,7 +158,6 @@ def mixture(
         x_BTD, logits_BTE, segments_BT = (
             _pad_time(x, -T % parts) for x in (x_BTD, logits_BTE, segments_BT)
         )
-    exchange = choose(rules.exchange, size=lay.group.size, top_k=top_k, platform=platform)
     mixed = jax.shard_map(
         functools.partial(body, lay=lay, exchange=exchange),
         mesh=mesh,
@@ -182,7 +185,9 @@ def _mixture(x_btD, logits_btE, segments_bt, bias_E, weights, *, route, apply, l
     valid_m = None if segments_bt is None else segments_bt.reshape(-1) > 0
     load_E = count_rows(r.expert_MA, r.rows_E.shape[0], valid_m)
     if lay.group.everyone:
-        load_E, spilled = lax.psum((load_E, spilled), lay.group.everyone)
+        load_E = lax.psum(load_E, lay.group.everyone)
+        if not exchange.gathers_experts:
+            spilled = lax.psum(spilled, lay.group.everyone)
     return Mixed(y_mD.astype(x_btD.dtype).reshape(b, t, D), load_E, spilled)
 
 
@@ -417,6 +422,8 @@ def default_exchange(size: int, top_k: int, platform: str) -> tuple[Exchange, st
     """
     if size == 1:
         return GatherWeights(), "nothing to exchange"
+    if platform == "cpu":
+        return GatherWeights(), "XLA's CPU runtime can hang on exchanges beside Muon's collectives"
     if 2 * size <= top_k:
         return GatherTokens(), "a token meets more experts than there are devices"
     if platform == "tpu":

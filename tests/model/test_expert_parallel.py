@@ -40,7 +40,7 @@ EXPERTS, D, F = CFG.moe.experts, CFG.d_model, CFG.moe.d_expert
 
 MESHES = {
     "fsdp 8": (CFG, MeshShape(fsdp=8), Rules()),
-    "expert 8": (CFG, MeshShape(fsdp=1, expert=8), Rules()),
+    "expert 8": (CFG, MeshShape(fsdp=1, expert=8), Rules(exchange=PaddedAllToAll())),
     "expert 4 x fsdp 2": (CFG, MeshShape(fsdp=2, expert=4), Rules(exchange=GatherTokens())),
     "tensor 2 x fsdp 4": (CFG, MeshShape(fsdp=4, tensor=2), Rules()),
     "tensor 2 x expert 4": (
@@ -51,19 +51,23 @@ MESHES = {
     "data 2 x expert 2 x fsdp 2": (
         dataclasses.replace(CFG, remat="dots"),
         MeshShape(data=2, fsdp=2, expert=2),
-        Rules(),
+        Rules(exchange=PaddedAllToAll()),
     ),
     "experts over fsdp 4 x expert 2": (
         CFG,
         MeshShape(fsdp=4, expert=2),
-        Rules(experts=("fsdp", "expert")),
+        Rules(experts=("fsdp", "expert"), exchange=PaddedAllToAll()),
     ),
     "experts over expert 2 x tensor 2": (
         CFG,
         MeshShape(fsdp=2, expert=2, tensor=2),
         Rules(experts=("expert", "tensor"), exchange=GatherTokens(4.0)),
     ),
-    "expert 4 x context 2": (CFG, MeshShape(fsdp=1, expert=4, context=2), Rules()),
+    "expert 4 x context 2": (
+        CFG,
+        MeshShape(fsdp=1, expert=4, context=2),
+        Rules(exchange=PaddedAllToAll()),
+    ),
     "data 2 x expert 2 x context 2": (
         MTP,
         MeshShape(data=2, fsdp=1, expert=2, context=2),
@@ -284,6 +288,8 @@ def test_the_slow_ragged_lowering_is_never_picked_on_gpu_and_named_when_asked_fo
     assert isinstance(default_exchange(8, 8, "tpu")[0], RaggedAllToAll)
     assert default_exchange(1, 8, "tpu")[0] == GatherWeights()
     assert default_exchange(4, 8, "gpu")[0] == GatherTokens()
+    assert default_exchange(8, 8, "gpu")[0] == PaddedAllToAll()
+    assert default_exchange(8, 8, "cpu")[0] == GatherWeights()
     with caplog.at_level(logging.WARNING):
         choose(RaggedAllToAll(1.3), size=8, top_k=8, platform="gpu")
     assert "2.6 GB/s" in caplog.text and "PaddedAllToAll" in caplog.text

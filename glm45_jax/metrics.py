@@ -21,7 +21,6 @@ import numpy as np
 
 _logger = logging.getLogger(__name__)
 
-_HANDLER = "glm45_jax"
 _NON_FINITE = ("nan", "inf", "-inf")
 _IMAGE_PIXELS = 1024
 _CELL_PIXELS = 16
@@ -74,19 +73,14 @@ class Window:
 def setup_logging(*, level: int = logging.INFO, process: int = 0) -> None:
     """None; log records go to stderr, of processes other than the first only warnings.
 
-    Calling it again changes the level and adds nothing. Checkpointing logs a page a save through
-    `absl`, JAX every backend it does not find: of both, warnings remain.
+    Calling it again takes the present stderr and the new level, and adds nothing. Checkpointing
+    logs a page a save through `absl`, JAX every backend it does not find: of both, warnings remain.
     """
     root = logging.getLogger()
-    for other in [
-        h for h in root.handlers if type(h) is logging.StreamHandler and h.name != _HANDLER
-    ]:
-        root.removeHandler(other)  # a library called basicConfig: every record would come twice
-    handler = next((h for h in root.handlers if h.name == _HANDLER), None)
-    if handler is None:
-        handler = logging.StreamHandler()
-        handler.name = _HANDLER
-        root.addHandler(handler)
+    for other in [h for h in root.handlers if type(h) is logging.StreamHandler]:
+        root.removeHandler(other)  # ours, whose stderr may be closed; a library's basicConfig
+    handler = logging.StreamHandler()
+    root.addHandler(handler)
     where = f" [{process}]" if process else ""
     form = f"%(asctime)s{where} %(levelname).1s %(name)s: %(message)s"
     handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))

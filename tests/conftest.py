@@ -20,6 +20,7 @@ if PLATFORM == "cpu" and FAST_COMPILE not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu" if PLATFORM == "cpu" else f"{PLATFORM},cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -33,3 +34,12 @@ if importlib.util.find_spec("hypothesis"):  # the bare accelerator machines have
     # No deadline: the first example compiles. Derandomised: a failure in CI is one here.
     hypothesis.settings.register_profile("repo", deadline=None, derandomize=True, database=None)
     hypothesis.settings.load_profile("repo")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def executables_go_with_their_file():
+    """Every compiled program maps memory; a process that keeps all of the suite's runs into the
+    kernel's 65,530 mappings and crashes.
+    """
+    yield
+    jax.clear_caches()

@@ -220,6 +220,9 @@ def test_a_window_is_all_tokens_over_all_seconds(steps):
 def test_logging_is_set_up_once_and_other_processes_only_warn(capsys):
     root, absl = logging.getLogger(), logging.getLogger("absl")
     before = (root.level, absl.level, [*root.handlers])
+    gone = logging.StreamHandler(io.StringIO())  # an earlier call's, its stderr closed since
+    gone.stream.close()
+    root.addHandler(gone)
     try:
         metrics.setup_logging(process=3)
         metrics.setup_logging(process=3)

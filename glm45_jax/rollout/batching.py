@@ -311,6 +311,8 @@ class Batcher:
             self.finish(request, "error", str(error))
             return
         self._stats.output_tokens += 1
+        if request.on_token is not None:
+            request.on_token(request)
         if finish is not None:
             self.finish(request, finish)
 

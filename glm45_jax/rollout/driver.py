@@ -16,13 +16,13 @@ import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from glm45_jax.rollout.batching import Batcher
 from glm45_jax.rollout.request import Request
 from glm45_jax.rollout.sampling import Sampling
-from glm45_jax.rollout.types import Completion, SlotEngine, Stats
+from glm45_jax.rollout.types import Completion, Piece, SlotEngine, Stats
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +69,13 @@ class Driver:
         *,
         deadline: float | None = None,
         on_done: Callable[[Completion], None] | None = None,
+        on_token: Callable[[Request], None] | None = None,
     ) -> Request:
         """The request; its `completion` comes with a later tick, or at once with finish "error"
         where the engine cannot serve it.
 
-        deadline: seconds from now. on_done: called in the thread of the tick; it must not raise.
+        deadline: seconds from now. on_done, on_token: called in the thread of the tick, the
+        second after every token that `out` gained; they must not raise.
 
         Raises: TypeError for tokens that are not integers, ValueError for a deadline that is NaN.
         """
@@ -82,7 +84,7 @@ class Driver:
         expires = math.inf if deadline is None else self._clock() + deadline
         prompt = [operator.index(token) for token in tokens]
         with self._door:
-            request = Request(next(self._seq), prompt, sampling, expires, on_done)
+            request = Request(next(self._seq), prompt, sampling, expires, on_done, on_token)
             self._batch.unfinished[request.seq] = request
             self._post(lambda: self._batch.enter(request))
         return request
@@ -176,6 +178,34 @@ class Driver:
         except asyncio.CancelledError:
             self.cancel(request)
             raise
+
+    async def stream(
+        self, tokens: Sequence[int], sampling: Sampling, *, deadline: float | None = None
+    ) -> AsyncGenerator[Piece | Completion]:
+        """Pieces of the continuation as they are drawn, and the whole `Completion` last. Closing
+        the generator, or cancelling its task, cancels the request.
+        """
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Piece | Completion] = asyncio.Queue()
+        told = 0
+
+        def tell(item: Piece | Completion) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        def on_token(request: Request) -> None:
+            nonlocal told
+            tell(request.piece(told))
+            told = len(request.out)
+
+        request = self.submit(tokens, sampling, deadline=deadline, on_done=tell, on_token=on_token)
+        self._start(loop)
+        try:
+            while not isinstance(item := await queue.get(), Completion):
+                yield item
+            yield item
+        finally:
+            self.cancel(request)  # of one that has ended nothing changes
 
     async def update(self, params: Any, version: int) -> None:
         """`push`, awaited: every token that is drawn after it returns is of these weights."""

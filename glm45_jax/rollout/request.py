@@ -11,7 +11,7 @@ import numpy as np
 
 from glm45_jax.rollout.pages import Prefix
 from glm45_jax.rollout.sampling import Sampling
-from glm45_jax.rollout.types import Completion, Finish, SlotEngine, Step
+from glm45_jax.rollout.types import Completion, Finish, Piece, SlotEngine, Step
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,6 +28,7 @@ class Request:
     sampling: Sampling
     expires: float = math.inf
     on_done: Callable[[Completion], None] | None = None
+    on_token: Callable[[Request], None] | None = None
     status: Literal["new", "waiting", "running", "done"] = "new"
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -93,6 +94,15 @@ class Request:
         if token in self.sampling.stop:
             return "stop"
         return "length" if len(self.out) == self.sampling.max_tokens else None
+
+    def piece(self, start: int) -> Piece:
+        """Its output from token `start` on."""
+        return Piece(
+            np.asarray(self.out[start:], np.int32),
+            np.asarray(self.logp[start:], np.float32),
+            np.asarray(self.logp_raw[start:], np.float32),
+            tuple(self.versions[start:]),
+        )
 
     def end(self, finish: Finish, error: str = "") -> Completion:
         """Its completion, with what it has; who holds its slot and pages frees them."""

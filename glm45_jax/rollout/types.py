@@ -1,5 +1,5 @@
-"""What crosses the doors of the rollout room: `Completion`, `Stats`, and the two engines, `Engine`
-as the rest of the house sees it and `SlotEngine` as the driver sees it.
+"""What crosses the doors of the rollout room: `Completion`, `Piece`, `Stats`, and the two engines,
+`Engine` as the rest of the house sees it and `SlotEngine` as the driver sees it.
 
 Letters: B slots, P pages of a row, T tokens of an output, L MoE layers, A, V.
 """
@@ -36,6 +36,16 @@ class Completion:
     finish: Finish
     error: str = ""
     routes_TLA: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Piece:
+    """The next tokens of an output that is under way; fields as in `Completion`."""
+
+    tokens_T: np.ndarray
+    logp_T: np.ndarray
+    logp_raw_T: np.ndarray
+    versions: tuple[int, ...]
 
 
 @dataclasses.dataclass

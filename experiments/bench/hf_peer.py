@@ -1,5 +1,5 @@
-"""Does transformers read a folder that `hf.save` wrote, and compute the same? For a machine that has
-transformers and torch; needs neither grain nor tokenizers.
+"""Does transformers read a folder that `hf.save` wrote, and compute the same? For a machine that
+has transformers and torch; needs neither grain nor tokenizers.
 """
 
 import tempfile

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 PREPARE_FORMAT = 1  # part of every fingerprint: raise it when the same config gives other stores
 SPLITS = ("train", "val")
 _ENCODE_DOCS = 64
+_LONE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,9 @@ def _gather(data: Data) -> _Gathered:
         for doc in tqdm(
             counted(source, counts), desc=f"read {source.name}", unit=" docs", disable=None
         ):
+            if _LONE.search(doc.text) is not None:  # no tokenizer and no file takes such a text
+                counts["lone_surrogates"] = counts.get("lone_surrogates", 0) + 1
+                continue
             text_hash = _digest(doc.text)
             if text_hash in seen:
                 dropped[source.name] += 1

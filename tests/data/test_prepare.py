@@ -237,3 +237,20 @@ def test_preparing_needs_no_jax():
 def test_the_report_is_on_disk_as_json(prepared, cache):
     files = list(cache.glob("data-*/report.json"))
     assert prepared.report in [json.loads(file.read_text()) for file in files]
+
+
+def test_a_text_that_is_not_unicode_is_dropped_and_counted(data, prepared, tmp_path):
+    class Surrogates:
+        name = "surrogates"
+
+        def version(self):
+            return "1"
+
+        def docs(self):
+            for i in range(12):
+                yield Doc(f"{i}", f"text {i} \ud800" if i < 2 else f"text {i}", self.name)
+
+    odd = replace(data, sources=((Surrogates(), 1.0),))
+    report = prepare(odd, tmp_path, tokenizer=prepared.tokenizer).report
+    assert report["read"]["surrogates"]["lone_surrogates"] == 2
+    assert sum(side["docs"] for side in report["sources"]["surrogates"].values()) == 10

@@ -17,11 +17,18 @@ CORE = [
     "numpy==2.5.5",
     "optax==0.2.8",
     "orbax-checkpoint==0.12.8",
+    "py3langid==0.4.0",
+    "resiliparse==2.0.1",
     "safetensors==0.8.0",
+    "scikit-learn==1.9.1",
+    "scipy==1.18.1",
+    "starlette==1.10.0",
     "tensorboardx==2.6.5",
     "tensorstore==0.1.86",
+    "threadpoolctl==3.8.0",
     "tokenizers==0.23.3",
     "tqdm==4.70.1",
+    "uvicorn==0.54.0",
 ]
 DEV = [
     "hypothesis==6.170.17",
@@ -30,16 +37,26 @@ DEV = [
     "jupytext==1.19.6",
     "mypy==2.4.1",
     "nbclient==0.11.0",
+    "openai==3.57.0",
     "pytest-xdist==3.8.0",
     "pytest==9.2.0",
     "ruff==0.17.6",
     "setuptools==84.2.1",
 ]
-# Not installed by `make setup`: seqio brings TensorFlow (about 3 GB), JetStream brings seqio.
+# With what its load client imports and its wheel does not ask for: evaluate, nltk, pandas. Brings
+# seqio, that TensorFlow (2.6 GB); some of it has no wheel for a newer Python.
+JETSTREAM = [
+    'evaluate==0.4.6; python_version < "3.13"',
+    'google-jetstream==0.2.2; python_version < "3.13"',
+    'grpcio==1.85.3; python_version < "3.13"',
+    'nltk==3.10.4; python_version < "3.13"',
+    'pandas==3.1.1; python_version < "3.13"',
+]
+# `make setup` installs the first two, and so seqio.
 EXTRAS = {
     "dev": DEV,
-    "seqio": ["seqio==0.0.20"],
-    "serve": ["google-jetstream==0.2.2", "grpcio==1.85.3"],
+    "jetstream": JETSTREAM,
+    "seqio": ['seqio==0.0.20; python_version < "3.13"'],
     "ray": ["ray==2.60.0"],
     "wandb": ["wandb==0.31.0"],
     "cuda": ["jax[cuda13]==0.11.2"],

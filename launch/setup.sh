@@ -184,7 +184,7 @@ if venv_is_good; then
 else
   choose
 fi
-say "installing $(grep -c '==' requirements.txt) packages into .venv, about 1.1 GB on disk; a minute or three"
+say "installing $(grep -c '==' requirements.txt) packages into .venv, up to 3.8 GB on disk; two minutes or five"
 pip_install -r requirements.txt
 pip_install -e . --no-deps --no-build-isolation # builds with the pinned setuptools
 say "ready after $SECONDS s: .venv/bin/python"

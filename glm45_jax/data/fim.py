@@ -167,7 +167,9 @@ class WithFim:
 
     def _pieces(self, doc: Doc) -> tuple[Piece, ...]:
         begin = int(doc.meta.get(INFILL_FROM, "0"))
-        return fim(doc.text, doc_id=doc.id, how=self.fim, begin=begin)
+        copy = doc.meta.get("copy")  # of a document that is read in several epochs: cut elsewhere
+        doc_id = doc.id if copy is None else f"{doc.id}\0{copy}"
+        return fim(doc.text, doc_id=doc_id, how=self.fim, begin=begin)
 
     def _parts(self, doc: Doc) -> Iterator[Doc]:
         if self.max_chars is None or len(doc.text) <= self.max_chars:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from glm45_jax.data.pack import BestFit, Cut, RowSource
+from glm45_jax.data.quality import copies_of, repeated
 from glm45_jax.data.sources import Doc, Encodes, Source, counted
 from glm45_jax.data.store import TokenStore, open_store, write_store
 from glm45_jax.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
@@ -129,6 +130,7 @@ def _build(data: Data, folder: Path, fingerprint: str, tokenizer: Tokenizer | No
             "tokenizer": tokenizer.fingerprint,
             "vocab": tokenizer.vocab,
             "duplicates_dropped": found.duplicates,
+            "epochs_dropped": found.unread,
             "sources": counts,
             "seconds": {
                 "gather": round(gathered - started, 2),
@@ -165,6 +167,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 class _Gathered(NamedTuple):
     docs: dict[tuple[str, str], list[Doc]]  # by (source, split), in hash order
     duplicates: dict[str, int]  # exact ones, dropped
+    unread: dict[str, int]  # whose epochs came to no copy (data/quality.py)
     read: dict[str, dict[str, int]]  # what sources counted themselves
 
 
@@ -173,10 +176,11 @@ def _gather(data: Data) -> _Gathered:
 
     found: dict[tuple[str, str], list[Doc]] = {}
     dropped: dict[str, int] = {}
+    unread: dict[str, int] = {}
     read: dict[str, dict[str, int]] = {}
     seen: set[str] = set()
     for source, _ in data.sources:
-        keyed, dropped[source.name] = [], 0
+        keyed, dropped[source.name], unread[source.name] = [], 0, 0
         counts: dict[str, int] = {}
         for doc in tqdm(
             counted(source, counts), desc=f"read {source.name}", unit=" docs", disable=None
@@ -187,6 +191,9 @@ def _gather(data: Data) -> _Gathered:
             text_hash = _digest(doc.text)
             if text_hash in seen:
                 dropped[source.name] += 1
+                continue
+            if not copies_of(doc, data.seed):
+                unread[source.name] += 1
                 continue
             seen.add(text_hash)
             keyed.append((_digest(str(data.seed), doc.id, doc.text), doc))
@@ -201,7 +208,7 @@ def _gather(data: Data) -> _Gathered:
             )
         parts = _split(docs, data)
         found |= {(source.name, split): part for split, part in zip(SPLITS, parts, strict=True)}
-    return _Gathered(found, dropped, read)
+    return _Gathered(found, dropped, unread, read)
 
 
 def _split(docs: Sequence[Doc], data: Data) -> tuple[list[Doc], list[Doc]]:
@@ -223,7 +230,7 @@ def _split(docs: Sequence[Doc], data: Data) -> tuple[list[Doc], list[Doc]]:
 
 
 def _sample(data: Data, docs: Mapping[tuple[str, str], Sequence[Doc]]) -> Iterator[str]:
-    """Training texts for the tokenizer, an equal share of every source's characters."""
+    """Training texts for the tokenizer, an equal share of every source's characters, each once."""
     sizes = {key: sum(len(doc.text) for doc in part) for key, part in docs.items()}
     share = data.bpe_chars / sum(size for (_, split), size in sizes.items() if split == "train")
     for (name, split), part in docs.items():
@@ -245,11 +252,17 @@ def _write_stores(
 
     counts: dict[str, dict[str, Any]] = {}
     source_of = {source.name: source for source, _ in data.sources}
+    # Copies are made here, behind the split: they share a side, and validation reads a text once.
+    docs = {
+        (name, split): repeated(part, data.seed) if split == "train" else part
+        for (name, split), part in docs.items()
+    }
     total = sum(len(doc.text) for part in docs.values() for doc in part)
     with tqdm(total=total, desc="encode", unit=" chars", unit_scale=True, disable=None) as bar:
         for (name, split), part in docs.items():
             size = {
                 "docs": len(part),
+                "copies": sum("copy" in doc.meta for doc in part),  # among them, second and later
                 "chars": sum(len(doc.text) for doc in part),
                 "bytes": sum(len(doc.text.encode()) for doc in part),
             }

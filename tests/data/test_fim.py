@@ -185,3 +185,11 @@ def run(source):
             docs.append(next(walk))
         except StopIteration as end:
             return docs, end.value
+
+
+def test_a_document_that_is_read_again_is_cut_elsewhere(tokenizer):
+    first = Doc("d", "a text that is long enough to be cut at many places " * 9, "pydoc")
+    again = replace(first, meta={"copy": "1"})
+    one, other = WithFim(PydocTopics(), Fim(rate=1.0)).encode([first, again], tokenizer)
+    assert one != other
+    assert unfim_ids(one, tokenizer) == unfim_ids(other, tokenizer) == first.text

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from glm45_jax.data.loader import Loader
 from glm45_jax.data.pack import BestFit
 from glm45_jax.data.prepare import Data, data_fingerprint, prepare, rows
+from glm45_jax.data.quality import copies_of
 from glm45_jax.data.sources import Doc, Docstrings, PydocTopics, PythonSources, TextFiles
 from glm45_jax.tokenizer import train_bpe
 
@@ -254,3 +255,45 @@ def test_a_text_that_is_not_unicode_is_dropped_and_counted(data, prepared, tmp_p
     report = prepare(odd, tmp_path, tokenizer=prepared.tokenizer).report
     assert report["read"]["surrogates"]["lone_surrogates"] == 2
     assert sum(side["docs"] for side in report["sources"]["surrogates"].values()) == 10
+
+
+@dataclass(frozen=True)
+class Read:
+    """A folder whose documents are read as often as the first letter of their name says."""
+
+    root: str
+    name: str = "read"
+
+    def docs(self):
+        for doc in TextFiles(self.root).docs():
+            epochs = {"0": "0.0", "1": "0.5", "2": "1", "3": "2.5", "4": "3.3"}.get(doc.id[0], "1")
+            yield replace(doc, source=self.name, meta={**doc.meta, "epochs": epochs})
+
+    def version(self):
+        return TextFiles(self.root).version()
+
+
+def test_copies_share_a_side_and_validation_reads_a_text_once(folder, tmp_path):
+    data = Data(((Read(str(folder)), 1.0),), seq_len=32, vocab=340, val_fraction=0.3)
+    ready = prepare(data, tmp_path)
+    train, val = (
+        Counter(texts(ready.tokenizer, stores["read"])) for stores in (ready.train, ready.val)
+    )
+    expected = {doc.text: copies_of(doc) for doc in Read(str(folder)).docs()}
+    assert not train.keys() & val.keys() and set(val.values()) == {1}
+    assert train.keys() | val.keys() == {text for text, n in expected.items() if n}
+    assert all(n == expected[text] for text, n in train.items()) and max(train.values()) >= 3
+    counts = ready.report["sources"]["read"]
+    assert counts["train"]["docs"] == sum(train.values())
+    assert counts["train"]["copies"] == sum(train.values()) - len(train) > 0
+    assert counts["val"]["copies"] == 0
+    assert ready.report["epochs_dropped"]["read"] >= 10  # those of 0 epochs, some of one half
+
+
+def test_without_epochs_the_stores_are_as_they_were(data, prepared):
+    assert all(n == 0 for n in prepared.report["epochs_dropped"].values())
+    assert all(
+        counts["copies"] == 0
+        for splits in prepared.report["sources"].values()
+        for counts in splits.values()
+    )

@@ -217,6 +217,10 @@ class Tokenizer:
         encodings = coder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def word_of(self, token: int) -> str | None:
+        """An id as the vocabulary writes it, a letter a byte; None where it has no such id."""
+        return self._full.id_to_token(token)
+
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of the ids; bytes that are not UTF-8 (a cut character) become U+FFFD.
 

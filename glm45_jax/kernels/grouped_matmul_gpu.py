@@ -1,9 +1,10 @@
 """Grouped matmul in Pallas Mosaic GPU for Hopper: forward, dlhs and drhs. Letters: R E D F; P row
 tiles.
 
-Types to know: `Tiles`, the table of row tiles that all products of one routing share, and `Plan`.
-Persistent CTAs of two consumer warpgroups and one producer; a consumer stores a tile while the
-tensor cores run the first steps of its next one. Numbers: docs/log.md.
+Types to know: `Plan`, and `Tiles` of row_tiles_gpu.py. Persistent CTAs of two consumer warpgroups
+and one producer; a consumer stores a tile while the tensor cores run the first steps of its next
+one. Few rows a group, as in decoding, lie in tiles of 64, whose columns the consumers share: then
+the matrices stream past and nothing else counts. Numbers: docs/log.md.
 """
 
 from __future__ import annotations
@@ -19,12 +20,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 128  # of a tile: 64 a consumer
+from glm45_jax.kernels.row_tiles_gpu import (
+    CTAS,
+    HALF,
+    PRODUCER,
+    ROWS,
+    SLOTS,
+    Grid,
+    Place,
+    Ring,
+    Tiles,
+    lay_bands,
+    lay_tiles,
+    load_rows,
+    store_rows,
+    tile_rows,
+    tiling,
+    two_views,
+    views,
+)
+
 STEP = 64  # of the contracted dimension: 128 bytes, one swizzle atom
-HALF = 64  # rows of a tile that one consumer owns, and columns of an output chunk
-SLOTS = 2  # output chunks in flight a consumer
-CTAS = 132  # streaming multiprocessors of an H100
-PRODUCER = 2  # index of the warpgroup that loads; 0 and 1 multiply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,48 +54,6 @@ class Plan:
     columns: int = 256
     stages: int = 4
     overlap: int = 1
-
-
-@struct.dataclass
-class Tiles:
-    """Which rows each row tile holds. One table serves forward, dlhs and drhs of a routing.
-
-    rows_E: as given. end_E: row after each group. expert_P: group of a tile, E for rows past the
-    last group. start_P, end_P: rows of that group. first_P, next_P: its first tile and the one
-    after its last; next_P[-1] is the number of tiles.
-    """
-
-    rows_E: jax.Array
-    end_E: jax.Array
-    expert_P: jax.Array
-    start_P: jax.Array
-    end_P: jax.Array
-    first_P: jax.Array
-    next_P: jax.Array
-
-
-def lay_tiles(rows_E: jax.Array, *, n_rows: int) -> Tiles:
-    """The table, by comparing and reducing alone: two fused XLA kernels, where a cumulative sum and
-    a binary search are dozens.
-    """
-    E = rows_E.shape[0]
-    P = n_rows // ROWS + E + 1
-    rows_E = rows_E.astype(jnp.int32)
-    upto_EE = jnp.arange(E)[None, :] <= jnp.arange(E)[:, None]
-    tiles_E = lax.div(rows_E + (ROWS - 1), ROWS)
-    end_E = jnp.where(upto_EE, rows_E[None, :], 0).sum(axis=1)
-    next_E = jnp.where(upto_EE, tiles_E[None, :], 0).sum(axis=1)
-    total = next_E[-1] + lax.div(n_rows - end_E[-1] + (ROWS - 1), ROWS)
-    done_PE = next_E[None, :] <= jnp.arange(P, dtype=jnp.int32)[:, None]
-    return Tiles(
-        rows_E=rows_E,
-        end_E=end_E,
-        expert_P=done_PE.astype(jnp.int32).sum(axis=1),
-        start_P=jnp.where(done_PE, end_E[None, :], 0).max(axis=1),
-        end_P=jnp.where(done_PE, n_rows, end_E[None, :]).min(axis=1),
-        first_P=jnp.where(done_PE, next_E[None, :], 0).max(axis=1),
-        next_P=jnp.where(done_PE, total, next_E[None, :]).min(axis=1),
-    )
 
 
 def refuses(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> str | None:
@@ -96,6 +70,16 @@ def refuses(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> str | None:
     return None
 
 
+def refuses_few(x_MI: jax.Array, w_IO: jax.Array) -> str | None:
+    """Why `few_rows` cannot run on these, or None."""
+    if x_MI.dtype != jnp.bfloat16 or w_IO.dtype != jnp.bfloat16:
+        return f"rows are {x_MI.dtype}, the matrix {w_IO.dtype}, both must be bfloat16"
+    I, O = w_IO.shape
+    if min(I, O) < 2 * STEP or I % STEP or O % STEP:
+        return f"the matrix is {I} x {O}, both must be multiples of {STEP} from {2 * STEP} on"
+    return None if x_MI.shape[0] else "there are no rows"
+
+
 def grouped_matmul(
     x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array, *, interpret: Any = None
 ) -> jax.Array:
@@ -105,7 +89,33 @@ def grouped_matmul(
     bfloat16 in and out, float32 sums. Deterministic, backward too. A NaN in a row of the gradient
     of y reaches dw of the groups beside its own as well; past the last group it reaches none.
     """
-    return _product(x_RD, w_EDF, lay_tiles(rows_E, n_rows=x_RD.shape[0]), interpret)
+    R, E = x_RD.shape[0], w_EDF.shape[0]
+    tiles = lay_tiles(rows_E, n_rows=R, rows=tile_rows(R, E))
+    return _product(x_RD, w_EDF, tiles, interpret)
+
+
+def few_rows(x_MI: jax.Array, w_IO: jax.Array, *, interpret: Any = None) -> jax.Array:
+    """y[M, O] of some rows and one matrix, bfloat16; the matrix is read once, as memory gives it.
+
+    Where it has too few columns to keep all CTAs loading, they share its rows: parts of the
+    contracted dimension are groups of their own, float32, and XLA sums them. No gradient.
+    """
+    (M, I), O = x_MI.shape, w_IO.shape[1]
+    rows = HALF if M <= HALF else ROWS
+    plan = Plan(128, 8 if rows == HALF else 6)
+    n_tiles, steps = pl.cdiv(M, rows) * pl.cdiv(O, plan.columns), I // STEP
+    fitting = (s for s in range(1, steps // 4 + 1) if steps % s == 0 and s * n_tiles <= CTAS)
+    S = max(fitting, default=1)
+    x_RI = x_MI.reshape(M, S, I // S).swapaxes(0, 1).reshape(S * M, I // S)
+    y_RO = rows_by_matrix(
+        x_RI,
+        w_IO.reshape(S, I // S, O),
+        lay_bands(S * M, band=M, rows=rows),
+        dtype=x_MI.dtype if S == 1 else jnp.float32,
+        plan=plan,
+        interpret=interpret,
+    )
+    return y_RO if S == 1 else y_RO.reshape(S, M, O).sum(axis=0).astype(x_MI.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -126,177 +136,36 @@ def _product_bwd(interpret, saved, g_RF):
 _product.defvjp(_product_fwd, _product_bwd)
 
 
-def plan_for(columns: int) -> Plan:
-    """256 columns a tile where there are more than 128: 48 KB a stage, four of them fit."""
+def plan_for(columns: int, rows: int = ROWS) -> Plan:
+    """256 columns a tile where there are more than 128: 48 KB a stage, four of them fit. With half
+    the rows 128: more tiles, which fill the last round of the CTAs, and 24 KB a stage.
+    """
+    if rows == HALF:
+        return Plan(128, 8)
     return Plan(256, 4) if columns > 128 else Plan(128, 6)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    """Stages between the producer and the consumers: step `i` of a CTA lies in slot i % stages."""
-
-    stages: int
-    full: Any
-    empty: Any
-
-    def slot(self, i):
-        return lax.rem(i, jnp.int32(self.stages))
-
-    def claim(self, i):
-        """Producer: waits until both consumers have left the slot of step i."""
-
-        @pl.when(i >= self.stages)
-        def _():
-            plgpu.barrier_wait(self.empty.at[self.slot(i)])
-
-        return self.slot(i)
-
-    def wait(self, i):
-        """Consumer: waits until step i is loaded."""
-        plgpu.barrier_wait(self.full.at[self.slot(i)])
-        return self.slot(i)
-
-    def release(self, i):
-        plgpu.barrier_arrive(self.empty.at[self.slot(i)])
-
-    def drain(self, n):
-        """Producer, after n steps: waits until the last of them have been read."""
-        for back in range(self.stages, 0, -1):
-
-            @pl.when(n >= back)
-            def _(back=back):
-                plgpu.barrier_wait(self.empty.at[self.slot(n - back)])
-
-
-def _tiling(rows: int) -> dict[str, Any]:
-    tile: Any = plgpu.TilingTransform  # their base class says that they are abstract
-    swizzle: Any = plgpu.SwizzleTransform
-    return {"transforms": (tile((rows, STEP)), swizzle(128))}
-
-
-def _two_views(n: int, interpret: Any) -> Any:
-    """SMEM of n blocks of 64 x 64, tiled by 8 rows for wgmma, and the same bytes row by row.
-
-    TMA takes any row only of the second: a tiled block wants rows that are multiples of 8. The
-    interpreter knows no shared bytes; it gets one view and needs no more.
-    """
-    blocks = plgpu.SMEM((n, HALF, STEP), jnp.bfloat16, **_tiling(8))
-    if interpret:
-        return blocks
-    return plgpu.RefUnion(blocks, plgpu.SMEM((n * HALF, STEP), jnp.bfloat16, **_tiling(1)))
-
-
-def _scratch(plan: Plan, rhs: tuple[int, int], interpret: Any) -> dict[str, Any]:
+def _scratch(
+    plan: Plan, rhs: tuple[int, int], halves: int, out: Any, interpret: Any
+) -> dict[str, Any]:
+    """halves: blocks of 64 rows a stage; a stage of one has two parts of the matrix, of two one."""
+    half = jnp.bfloat16
     return {
-        "lhs": _two_views(2 * plan.stages, interpret),
-        "rhs": plgpu.SMEM((plan.stages, *rhs), jnp.bfloat16, **_tiling(8)),
-        "out": _two_views(2 * SLOTS, interpret),
+        "lhs": two_views(halves * plan.stages, half, interpret),
+        "rhs": plgpu.SMEM(((3 - halves) * plan.stages, *rhs), half, **tiling(8, half)),
+        "out": two_views(2 * SLOTS, out, interpret),
         "full": plgpu.Barrier(num_arrivals=3, num_barriers=plan.stages),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
     }
 
 
-def _views(refs: Any, interpret: Any) -> tuple[Any, Any]:
-    """(blocks, function from block, first row and number of rows to the bytes TMA copies)."""
-    if interpret:
-        return refs, lambda block, row, n: refs.at[block, pl.ds(row, n)]
-    blocks, flat = refs
-    return blocks, lambda block, row, n: flat.at[pl.ds(block * HALF + row, n)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Grid:
-    """The persistent CTAs: CTA c has tiles c, c + ctas, ..."""
-
-    interpret: Any
-
-    @property
-    def ctas(self) -> int:
-        return 2 if self.interpret else CTAS
-
-    def tiles(self, total):
-        """Tiles of this CTA, of `total`."""
-        return lax.div(total - self.tile(0) + (self.ctas - 1), jnp.int32(self.ctas))
-
-    def tile(self, j):
-        """Its j-th."""
-        return lax.axis_index("cta") + j * self.ctas
-
-    def call(self, body: Any, out: jax.ShapeDtypeStruct, scratch: dict[str, Any]) -> Any:
-        """The kernel, to be called with its arrays."""
-        return plgpu.kernel(
-            body,
-            out_type=out,
-            scratch_types=scratch,
-            grid=(self.ctas,),
-            grid_names=("cta",),
-            num_threads=3,
-            thread_name="wg",
-            interpret=self.interpret,
-        )
-
-
-@struct.dataclass
-class _Place:
-    """Where a tile goes: first row and column, rows that count, whether they are zeros, the matrix
-    where there are several.
-    """
-
-    row: Any
-    column: Any
-    rows: Any
-    zeros: Any
-    matrix: Any
-
-
-def _store(values: Any, place: _Place, blocks: Any, bytes_of: Any, target: Any) -> None:
-    """Writes this consumer's 64 rows in chunks of 64 columns, by TMA; of a short group just its
-    rows.
-    """
-    wg = lax.axis_index("wg")
-    if target.ndim == 3:
-        target = target.at[place.matrix]
-    valid = jnp.clip(place.rows - wg * HALF, 0, HALF)
-    row = place.row + wg * HALF
-    for c in range(values.shape[1] // HALF):
-        block = wg * SLOTS + c % SLOTS
-        columns = pl.ds(pl.multiple_of(place.column + c * HALF, HALF), HALF)
-        plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-        blocks[block] = values[:, c * HALF : (c + 1) * HALF]
-
-        # Not by a select of the sums: ptxas then takes them for read while wgmma runs (C7514) and
-        # waits after every step.
-        @pl.when(place.zeros)
-        def _(block=block):
-            blocks[block] = jnp.zeros((HALF, HALF), jnp.bfloat16)
-
-        plgpu.commit_smem()
-
-        @pl.when(valid == HALF)
-        def _(block=block, columns=columns):
-            to = target.at[pl.ds(row, HALF), columns]
-            plgpu.copy_smem_to_gmem(bytes_of(block, 0, HALF), to, commit_group=False)
-
-        @pl.when(valid < HALF)
-        def _(block=block, columns=columns):
-            done = jnp.int32(0)
-            for n in (32, 16, 8, 4, 2, 1):
-                # TMA shapes are static: the set bits of `valid`, largest first.
-                @pl.when((valid & n) != 0)
-                def _(n=n, done=done):
-                    to = target.at[pl.ds(row + done, n), columns]
-                    plgpu.copy_smem_to_gmem(bytes_of(block, done, n), to, commit_group=False)
-
-                done = done + (valid & n)
-
-        plgpu.commit_smem_to_gmem_group()
-
-
-def _consume(plan: Plan, ring: _Ring, n_tiles: Any, locate: Any, multiply: Any, store: Any) -> None:
+def _consume(
+    plan: Plan, dtype: Any, ring: Ring, n_tiles: Any, locate: Any, multiply: Any, store: Any
+) -> None:
     """The loop of a consumer over its tiles.
 
     locate(j) -> (steps, place, context). multiply(acc, slot, k, context) issues the wgmma of one
-    step. store(values, place) writes bfloat16 values.
+    step. store(values, place) writes values of that dtype.
     """
 
     def tile(j, carry):
@@ -330,14 +199,14 @@ def _consume(plan: Plan, ring: _Ring, n_tiles: Any, locate: Any, multiply: Any, 
 
         acc = pl.run_scoped(accumulate, plgpu.ACC((HALF, plan.columns)))
         ring.release(i + steps - 1)
-        values = acc.astype(jnp.bfloat16)
+        values = acc.astype(dtype)
         if not plan.overlap:
             store(values, place)
         return i + steps, place, values
 
-    nothing = plgpu.layout_cast(jnp.zeros((HALF, plan.columns), jnp.bfloat16), plgpu.Layout.WGMMA)
+    nothing = plgpu.layout_cast(jnp.zeros((HALF, plan.columns), dtype), plgpu.Layout.WGMMA)
     zero = jnp.int32(0)
-    start = zero, _Place(zero, zero, zero, zero > 0, zero), nothing
+    start = zero, Place(zero, zero, zero, zero > 0, zero), nothing
     _, place, values = lax.fori_loop(zero, n_tiles, tile, start)
     if plan.overlap:
 
@@ -354,26 +223,29 @@ def rows_by_matrix(
     tiles: Tiles,
     *,
     transposed: bool = False,
+    dtype: Any = jnp.bfloat16,
     plan: Plan | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """x[R, D] · w[E, D, F] -> [R, F], or transposed x[R, F] · w[E, D, F] -> [R, D].
+    """x[R, D] · w[E, D, F] -> [R, F], or transposed x[R, F] · w[E, D, F] -> [R, D]; in `dtype`.
 
     The last tile of a group is shifted back to end where the group ends: rows that two tiles hold
     are written twice, with the same bits. Only a group of less than a tile is stored row by row.
     """
     R, K = x_RK.shape
     E, N = w_EDF.shape[0], w_EDF.shape[1 if transposed else 2]
-    plan = plan or plan_for(N)
+    plan = plan or plan_for(N, tiles.rows)
+    halves = tiles.rows // HALF
+    part = plan.columns // (3 - halves)  # columns of a consumer
     k_steps, n_tiles = pl.cdiv(K, STEP), pl.cdiv(N, plan.columns)
     plan = dataclasses.replace(plan, overlap=min(plan.overlap, k_steps))
-    least, grid = max(1, plan.overlap), _Grid(interpret)
+    least, grid = max(1, plan.overlap), Grid(interpret)
     last = tiles.next_P.shape[0] - 1
 
     def body(x, w, expert_P, start_P, end_P, first_P, next_P, y, *, lhs, rhs, out, full, empty):
-        ring = _Ring(plan.stages, full, empty)
-        lhs_blocks, lhs_bytes = _views(lhs, interpret)
-        out_blocks, out_bytes = _views(out, interpret)
+        ring = Ring(plan.stages, full, empty)
+        lhs_blocks, lhs_bytes = views(lhs, interpret)
+        out_blocks, out_bytes = views(out, interpret)
         wg = lax.axis_index("wg")
         mine = grid.tiles(next_P[last] * n_tiles)
 
@@ -382,10 +254,10 @@ def rows_by_matrix(
             p = lax.div(t, jnp.int32(n_tiles))
             expert, start, end, first = expert_P[p], start_P[p], end_P[p], first_P[p]
             count, within = next_P[p] - first, t - first * n_tiles
-            row = start + lax.rem(within, count) * ROWS  # rows fastest: they share the matrix
-            row = jnp.maximum(jnp.minimum(row, end - ROWS), start)
+            row = start + lax.rem(within, count) * tiles.rows  # rows fastest: they share the matrix
+            row = jnp.maximum(jnp.minimum(row, end - tiles.rows), start)
             column, past = lax.div(within, count) * plan.columns, expert == E
-            place = _Place(row, column, end - row, past, jnp.minimum(expert, E - 1))
+            place = Place(row, column, end - row, past, jnp.minimum(expert, E - 1))
             steps = jnp.where(past, jnp.int32(least), jnp.int32(k_steps))
             return steps, place, None
 
@@ -395,19 +267,17 @@ def rows_by_matrix(
 
             def tile(j, i):
                 steps, place, _ = locate(j)
-                columns = pl.ds(pl.multiple_of(place.column, plan.columns), plan.columns)
 
                 def load(k, i):
                     slot = ring.claim(i)
                     inner = pl.ds(pl.multiple_of(k * STEP, STEP), STEP)
-                    for half in range(2):
-                        plgpu.copy_gmem_to_smem(
-                            x.at[pl.ds(place.row + half * HALF, HALF), inner],
-                            lhs_bytes(slot * 2 + half, 0, HALF),
-                            full.at[slot],
-                        )
-                    index = (columns, inner) if transposed else (inner, columns)
-                    plgpu.copy_gmem_to_smem(w.at[place.matrix, *index], rhs.at[slot], full.at[slot])
+                    load_rows(x, inner, place, lhs_bytes, slot, halves, full.at[slot])
+                    for c in range(3 - halves):
+                        column = pl.multiple_of(place.column + c * part, part)
+                        columns = pl.ds(column, part)
+                        index = (columns, inner) if transposed else (inner, columns)
+                        block = rhs.at[slot * (3 - halves) + c]
+                        plgpu.copy_gmem_to_smem(w.at[place.matrix, *index], block, full.at[slot])
                     return i + 1
 
                 return lax.fori_loop(jnp.int32(0), steps, load, i)
@@ -419,18 +289,22 @@ def rows_by_matrix(
             plgpu.set_max_registers(232, action="increase")
 
             def multiply(acc, slot, k, context):
-                b = rhs.at[slot]
-                plgpu.wgmma(
-                    acc, lhs_blocks.at[slot * 2 + wg], b.transpose((1, 0)) if transposed else b
-                )
+                a = lhs_blocks.at[slot * halves + (wg if halves == 2 else 0)]
+                b = rhs.at[slot if halves == 2 else slot * 2 + wg]
+                plgpu.wgmma(acc, a, b.transpose((1, 0)) if transposed else b)
 
-            store = functools.partial(_store, blocks=out_blocks, bytes_of=out_bytes, target=y)
-            _consume(plan, ring, mine, locate, multiply, store)
+            def store(values, place):
+                own = place.lower(wg) if halves == 2 else place.right(wg, part)
+                store_rows(values, own, out_blocks, out_bytes, y)
 
-    rhs = (plan.columns, STEP) if transposed else (STEP, plan.columns)
-    out = jax.ShapeDtypeStruct((R, N), x_RK.dtype)
+            own = dataclasses.replace(plan, columns=part)
+            _consume(own, dtype, ring, mine, locate, multiply, store)
+
+    rhs = (part, STEP) if transposed else (STEP, part)
+    out = jax.ShapeDtypeStruct((R, N), dtype)
     table = tiles.expert_P, tiles.start_P, tiles.end_P, tiles.first_P, tiles.next_P
-    return grid.call(body, out, _scratch(plan, rhs, interpret))(x_RK, w_EDF, *table)
+    scratch = _scratch(plan, rhs, halves, dtype, interpret)
+    return grid.call(body, out, scratch)(x_RK, w_EDF, *table)
 
 
 @struct.dataclass
@@ -484,12 +358,12 @@ def rows_by_rows(
     D, F, E = x_RD.shape[1], g_RF.shape[1], tiles.rows_E.shape[0]
     plan = plan or plan_for(F)
     d_tiles, f_tiles = pl.cdiv(D, ROWS), pl.cdiv(F, plan.columns)
-    least, grid = max(1, plan.overlap), _Grid(interpret)
+    least, grid = max(1, plan.overlap), Grid(interpret)
 
     def body(x, g, rows_E, end_E, dw, *, lhs, rhs, out, full, empty):
-        ring = _Ring(plan.stages, full, empty)
-        lhs_blocks = _views(lhs, interpret)[0]
-        out_blocks, out_bytes = _views(out, interpret)
+        ring = Ring(plan.stages, full, empty)
+        lhs_blocks = views(lhs, interpret)[0]
+        out_blocks, out_bytes = views(out, interpret)
         wg = lax.axis_index("wg")
         mine = grid.tiles(jnp.int32(E * d_tiles * f_tiles))
 
@@ -501,7 +375,7 @@ def rows_by_rows(
             base = pl.multiple_of(lax.div(start, 8) * 8, 8)
             steps = jnp.maximum(lax.div(end - base + (STEP - 1), STEP), least)
             d, f = lax.rem(within, d_tiles), lax.div(within, d_tiles)
-            place = _Place(d * ROWS, f * plan.columns, D - d * ROWS, expert < 0, expert)
+            place = Place(d * ROWS, f * plan.columns, D - d * ROWS, expert < 0, expert)
             return steps, place, _GroupContext(base, start, end, end_E[E - 1])
 
         @pl.when(wg == PRODUCER)
@@ -537,9 +411,11 @@ def rows_by_rows(
                 context.mask(rhs.at[slot], k, rhs=True)
                 plgpu.wgmma(acc, a.transpose((1, 0)), rhs.at[slot])
 
-            store = functools.partial(_store, blocks=out_blocks, bytes_of=out_bytes, target=dw)
-            _consume(plan, ring, mine, locate, multiply, store)
+            def store(values, place):
+                store_rows(values, place.lower(wg), out_blocks, out_bytes, dw)
+
+            _consume(plan, dw.dtype, ring, mine, locate, multiply, store)
 
     out = jax.ShapeDtypeStruct((E, D, F), x_RD.dtype)
-    scratch = _scratch(plan, (STEP, plan.columns), interpret)
+    scratch = _scratch(plan, (STEP, plan.columns), 2, x_RD.dtype, interpret)
     return grid.call(body, out, scratch)(x_RD, g_RF, tiles.rows_E, tiles.end_E)

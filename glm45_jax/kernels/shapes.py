@@ -23,6 +23,23 @@ class AttentionShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class DecodeShape:
+    """B rows with room for S keys in pages of `page`, T of them new; N query and K kv heads of
+    width H.
+    """
+
+    B: int
+    T: int
+    N: int
+    K: int
+    H: int
+    S: int
+    page: int = 16
+    fp8: bool = False
+    small: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class GroupedShape:
     """R rows of width D times one of E matrices D x F; skew: share of rows the busiest expert
     takes, 0 for even.
@@ -68,6 +85,17 @@ ATTENTION = {
     "air 4k": AttentionShape(8, 4096, 96, 8, 128),
     "air 4k, one of four": AttentionShape(8, 4096, 24, 2, 128),
     "air 32k": AttentionShape(1, 32768, 96, 8, 128),
+}
+DECODE = {
+    "tiny": DecodeShape(3, 1, 6, 2, 16, 24, page=4, small=True),
+    "tiny drafts": DecodeShape(3, 4, 6, 2, 16, 24, page=4, small=True),
+    "tiny fp8": DecodeShape(2, 2, 4, 4, 8, 32, fp8=True, small=True),
+    "three steps": DecodeShape(2, 1, 12, 1, 128, 144),
+    "three steps of drafts fp8": DecodeShape(2, 4, 6, 2, 64, 160, page=32, fp8=True),
+    "air 8k": DecodeShape(64, 1, 96, 8, 128, 8192),
+    "air 8k drafts fp8": DecodeShape(64, 4, 96, 8, 128, 8192, fp8=True),
+    "mini 2k": DecodeShape(256, 1, 16, 4, 64, 2048, page=64),
+    "mini 2k drafts fp8": DecodeShape(256, 3, 16, 4, 64, 2048, page=32, fp8=True),
 }
 GROUPED = {
     "tiny": GroupedShape(144, 64, 32, 8, small=True),

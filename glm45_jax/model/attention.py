@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from glm45_jax.kernels.attention import attention
+from glm45_jax.kernels.linear import linear, linears
 from glm45_jax.model.cache import LayerCache, Slots
 from glm45_jax.model.norm import rms_norm
 from glm45_jax.model.rope import Rotation, rotate, rotation
@@ -126,6 +127,7 @@ class Gqa:
         segments_BT: jax.Array | None,
         eps: float,
         impl: str,
+        impl_decode: str = "auto",
         cache: LayerCache | None = None,
         slots: Slots | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -133,7 +135,9 @@ class Gqa:
         values in it.
         """
         q_BTNH, k_BTKH, v_BTKH = self._project(p, x_BTD, turn, eps)
-        if cache is None or slots is None:
+        if cache is not None and slots is not None:
+            cache = cache.append(k_BTKH, v_BTKH, slots)
+        if cache is None or slots is None or slots.fresh:
             mixed_BTNH = attention(
                 q_BTNH,
                 k_BTKH,
@@ -144,23 +148,14 @@ class Gqa:
                 impl=impl,
             )
         else:
-            cache = cache.append(k_BTKH, v_BTKH, slots)
-            k_BSKH, v_BSKH = cache.read(slots)
-            mixed_BTNH = attention(
-                q_BTNH,
-                k_BSKH,
-                v_BSKH,
-                positions_BT=slots.positions_BT,
-                positions_BS=slots.positions_1S,
-                impl=impl,
-            )
-        return jnp.einsum("btnh,nhd->btd", mixed_BTNH, p.out_NHD.astype(x_BTD.dtype)), cache
+            mixed_BTNH = cache.attend(q_BTNH, slots, impl=impl, impl_decode=impl_decode)
+        return linear("btnh,nhd->btd", mixed_BTNH, p.out_NHD), cache
 
     def _project(self, p: GqaParams, x_BTD: jax.Array, turn: Rotation, eps: float):
         cast = functools.partial(jnp.asarray, dtype=x_BTD.dtype)
-        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, cast(p.q_DNH))
-        k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, cast(p.k_DKH))
-        v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, cast(p.v_DKH))
+        q_BTNH, k_BTKH, v_BTKH = linears(
+            x_BTD, ("btd,dnh->btnh", p.q_DNH), (kv := "btd,dkh->btkh", p.k_DKH), (kv, p.v_DKH)
+        )
         if p.q_bias_NH is not None:
             q_BTNH = q_BTNH + cast(p.q_bias_NH)[None, None]
             k_BTKH = k_BTKH + cast(p.k_bias_KH)[None, None]

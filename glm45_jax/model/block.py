@@ -85,6 +85,7 @@ def block(
         segments_BT=flow.segments_BT,
         eps=cfg.norm_eps,
         impl=cfg.impl.attention,
+        impl_decode=cfg.impl.decode_attention,
         cache=cache,
         slots=flow.slots,
     )

@@ -27,6 +27,7 @@ class Impl:
     """
 
     attention: str = "auto"
+    decode_attention: str = "auto"
     grouped_matmul: str = "auto"
     routing: str = "auto"
     cross_entropy: str = "auto"

@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from glm45_jax import sharding
+from glm45_jax.kernels.fp8 import is_fp8
 from glm45_jax.kernels.routing import Routing, combine, count_rows, inverse, permute
 from glm45_jax.model.slots import Apply, by_expert, collect, in_passes, move, overlap, within
 
@@ -37,7 +38,7 @@ Matmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 @struct.dataclass
 class ExpertWeights:
-    """Matrices of the routed experts, in the dtype of the activations."""
+    """Matrices of the routed experts, in the dtype of the activations, or each an `Fp8`."""
 
     gate_EDF: jax.Array
     up_EDF: jax.Array
@@ -151,6 +152,8 @@ def mixture(
         if rules.exchange is None:
             group = Group((), lay.group.everyone, 1)
             lay, exchange = dataclasses.replace(lay, mlp=(), group=group), GatherWeights()
+    if is_fp8(weights.gate_EDF):  # outputs first, scales by blocks: split by experts alone
+        lay = dataclasses.replace(lay, embed=(), mlp=())
     T, parts = x_BTD.shape[1], sharding.ways(lay.seq, mesh.shape)
     if T % parts:  # MTP has T - 1 positions
         if segments_BT is None:

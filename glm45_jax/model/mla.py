@@ -8,13 +8,17 @@ R, H = unrotated + R entries of a query or key, U entries of a value, X = unrota
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from glm45_jax.kernels import fp8
 from glm45_jax.kernels.attention import attention
+from glm45_jax.kernels.linear import linear
 from glm45_jax.model.cache import LayerCache, Slots
 from glm45_jax.model.norm import rms_norm
 from glm45_jax.model.rope import Rotation, deinterleave, rotate, rotation
@@ -125,6 +129,7 @@ class Mla:
         segments_BT: jax.Array | None,
         eps: float,
         impl: str,
+        impl_decode: str = "auto",
         cache: LayerCache | None = None,
         slots: Slots | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
@@ -135,10 +140,14 @@ class Mla:
         -> [B/data, T, Q] · q_up[Q/fsdp, N/tensor, H] -> [B/data, T, N/tensor, H]; keys and values
         alike.
         """
-        p = jax.tree.map(lambda w: w.astype(x_BTD.dtype), p)
+        p = jax.tree.map(lambda w: fp8.cast(w, x_BTD.dtype), p, is_leaf=fp8.is_fp8)
+        # Absorbed, its product with the latents is no product of its own: as an array both ways.
+        p = p.replace(kv_up_ZNX=fp8.to_array(p.kv_up_ZNX, x_BTD.dtype))
         q_BTNH = self._queries(p, x_BTD, turn)
         latent_BT1Z, rotated_BT1R = self._latents(p, x_BTD, turn)
-        if cache is None or slots is None:
+        if cache is not None and slots is not None:
+            cache = cache.append(rotated_BT1R, latent_BT1Z, slots)
+        if cache is None or slots is None or slots.fresh:
             k_BTNH, v_BTNU = self._expand(p, latent_BT1Z, rotated_BT1R)
             mixed_BTNU = attention(
                 q_BTNH,
@@ -150,14 +159,16 @@ class Mla:
                 impl=impl,
             )
         else:
-            cache = cache.append(rotated_BT1R, latent_BT1Z, slots)
-            mixed_BTNU = self._absorbed(p, q_BTNH, cache, slots, impl)
-        return jnp.einsum("btnu,nud->btd", mixed_BTNU, p.out_NUD), cache
+            attend = functools.partial(
+                cache.attend, slots=slots, impl=impl, impl_decode=impl_decode, latent=True
+            )
+            mixed_BTNU = self._absorbed(p, q_BTNH, attend)
+        return linear("btnu,nud->btd", mixed_BTNU, p.out_NUD), cache
 
     def _queries(self, p: MlaParams, x_BTD: jax.Array, turn: Rotation) -> jax.Array:
-        q_BTQ = jnp.einsum("btd,dq->btq", x_BTD, p.q_down_DQ)
+        q_BTQ = linear("btd,dq->btq", x_BTD, p.q_down_DQ)
         q_BTQ = rms_norm(q_BTQ, p.q_norm_Q, self.latent_eps)
-        q_BTNH = jnp.einsum("btq,qnh->btnh", q_BTQ, p.q_up_QNH)
+        q_BTNH = linear("btq,qnh->btnh", q_BTQ, p.q_up_QNH)
         still, turning = jnp.split(q_BTNH, [self.nope_dim], axis=-1)
         return jnp.concatenate([still, rotate(deinterleave(turning), turn)], axis=-1)
 
@@ -167,7 +178,7 @@ class Mla:
         """Normed latents [B, T, 1, Z] and rotated key entries [B, T, 1, R]: all that a token's keys
         and values are made of.
         """
-        y_BT1Y = jnp.einsum("btd,dy->bty", x_BTD, p.kv_down_DY)[:, :, None, :]
+        y_BT1Y = linear("btd,dy->bty", x_BTD, p.kv_down_DY)[:, :, None, :]
         latent_BT1Z, key_BT1R = jnp.split(y_BT1Y, [self.kv_rank], axis=-1)
         latent_BT1Z = rms_norm(latent_BT1Z, p.kv_norm_Z, self.latent_eps)
         return latent_BT1Z, rotate(deinterleave(key_BT1R), turn)
@@ -182,9 +193,9 @@ class Mla:
         return jnp.concatenate([still, shared], axis=-1), v_BTNU
 
     def _absorbed(
-        self, p: MlaParams, q_BTNH: jax.Array, cache: LayerCache, slots: Slots, impl: str
+        self, p: MlaParams, q_BTNH: jax.Array, attend: Callable[[jax.Array], jax.Array]
     ) -> jax.Array:
-        """Attention [B, T, N, U] over the cache as one head of keys [latents; rotated], whose
+        """Attention [B, T, N, U] over a cache as one head of keys [latents; rotated], whose
         values are the latents: what multiplies a latent moves to the query and to the output.
 
         A prompt goes this way too: its scores cost (Y + Z) / (H + U) of the expanded form's.
@@ -192,16 +203,7 @@ class Mla:
         key_ZNH, value_ZNU = jnp.split(p.kv_up_ZNX, [self.nope_dim], axis=-1)
         still, turned = jnp.split(q_BTNH, [self.nope_dim], axis=-1)
         q_BTNZ = jnp.einsum("btnh,znh->btnz", still, key_ZNH)
-        # `attention` divides by the root of the width it sees; the scale is that of H.
+        # `attend` divides by the root of the width it sees; the scale is that of H.
         rescale = math.sqrt((self.kv_rank + self.rope_dim) / self.qk_dim)
         q_BTNY = jnp.concatenate([q_BTNZ, turned], axis=-1) * jnp.asarray(rescale, q_BTNH.dtype)
-        rotated_BS1R, latent_BS1Z = cache.read(slots)
-        mixed_BTNZ = attention(
-            q_BTNY,
-            jnp.concatenate([latent_BS1Z, rotated_BS1R], axis=-1),
-            latent_BS1Z,
-            positions_BT=slots.positions_BT,
-            positions_BS=slots.positions_1S,
-            impl=impl,
-        )
-        return jnp.einsum("btnz,znu->btnu", mixed_BTNZ, value_ZNU)
+        return jnp.einsum("btnz,znu->btnu", attend(q_BTNY), value_ZNU)

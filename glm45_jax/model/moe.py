@@ -16,7 +16,10 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from glm45_jax import sharding
+from glm45_jax.kernels import fp8
+from glm45_jax.kernels.fp8_matmul import grouped_matmul_fp8
 from glm45_jax.kernels.grouped_matmul import grouped_matmul
+from glm45_jax.kernels.linear import linear, linears
 from glm45_jax.kernels.routing import route
 from glm45_jax.model.expert_parallel import ExpertWeights, mixture
 from glm45_jax.params import ParamSpec
@@ -75,10 +78,9 @@ def mlp_specs(layers: int, d_model: int, width: int, std: float) -> MlpParams:
 
 def swiglu(p: MlpParams, x_BTD: jax.Array) -> jax.Array:
     """down(silu(gate x) * up x): x[B, T, D] · w[D, F/tensor] -> [B, T, D]."""
-    cast = functools.partial(jnp.asarray, dtype=x_BTD.dtype)
-    gate_BTF = jnp.einsum("btd,df->btf", x_BTD, cast(p.gate_DF))
-    up_BTF = jnp.einsum("btd,df->btf", x_BTD, cast(p.up_DF))
-    return jnp.einsum("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, cast(p.down_FD))
+    up = "btd,df->btf"
+    gate_BTF, up_BTF = linears(x_BTD, (up, p.gate_DF), (up, p.up_DF))
+    return linear("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, p.down_FD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +149,9 @@ class Moe:
             precision=jax.lax.Precision.HIGHEST,
         )
         weights = ExpertWeights(
-            *(w.astype(x_BTD.dtype) for w in (p.gate_EDF, p.up_EDF, p.down_EFD))
+            *(fp8.cast(w, x_BTD.dtype) for w in (p.gate_EDF, p.up_EDF, p.down_EFD))
         )
+        matmul = grouped_matmul_fp8 if fp8.is_fp8(p.gate_EDF) else grouped_matmul
         mixed = mixture(
             x_BTD,
             logits_BTE,
@@ -165,7 +168,7 @@ class Moe:
                 scale=self.scale,
                 impl=impl_route,
             ),
-            matmul=functools.partial(grouped_matmul, impl=impl_matmul),
+            matmul=functools.partial(matmul, impl=impl_matmul),
         )
         balance_B = _over_rows(functools.partial(balance, top_k=self.top_k))(
             logits_BTE, segments_BT

@@ -1,5 +1,5 @@
-"""Multi-token prediction: one more MoE layer that guesses token i + 2 (spec 2.4). Letters: B T
-D.
+"""Multi-token prediction: one more MoE layer that guesses token i + 2 (spec 2.4): of whole rows
+in training, over a cache as a drafter. Letters: B T D.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from glm45_jax.model.block import compute_dtype, stack
+from glm45_jax.model.cache import KVCache
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.model.norm import rms_norm
-from glm45_jax.model.transformer import Hidden, Params, embed, make_flow
+from glm45_jax.model.transformer import Hidden, Mtp, Params, embed, make_flow
 
 
 def forward(
@@ -50,25 +51,56 @@ def forward_all(
 
     Raises: ValueError for a model without the layer.
     """
-    if params.mtp is None:
-        raise ValueError("this model has no MTP layer (n_mtp = 0); use a config with n_mtp = 1")
-    p = jax.tree.map(lambda w: w[0], params.mtp.replace(block=None))
-    next_BTD = rms_norm(embed(params, tokens_BT[:, 1:], cfg), p.norm_embed_D, cfg.norm_eps)
-    here_BTD = rms_norm(hidden_BTD[:, :-1], p.norm_hidden_D, cfg.norm_eps)
-    join_2DD = p.join_2DD.astype(compute_dtype(cfg))  # embedding half first
-    x_BTD = jnp.einsum("btd,de->bte", next_BTD, join_2DD[0]) + jnp.einsum(
-        "btd,de->bte", here_BTD, join_2DD[1]
-    )
+    mtp = _layer(params)
+    x_BTD = _join(params, hidden_BTD[:, :-1], tokens_BT[:, 1:], cfg)
     flow = make_flow(
         cfg,
-        next_BTD.shape[:2],
+        x_BTD.shape[:2],
         None if positions_BT is None else positions_BT[:, :-1],
         None if segments_BT is None else inner_segments(segments_BT),
     )
-    v_BTD, out = stack(params.mtp.block, x_BTD, flow, cfg=cfg, keep_logits=keep_router_logits)
-    return Hidden(
-        rms_norm(v_BTD, p.norm_D, cfg.norm_eps), out.load_E, out.balance_B, out.logits_BTE
+    v_BTD, out = stack(mtp.block, x_BTD, flow, cfg=cfg, keep_logits=keep_router_logits)
+    normed_BTD = rms_norm(v_BTD, mtp.norm_D[0], cfg.norm_eps)
+    return Hidden(normed_BTD, out.load_E, out.balance_B, out.logits_BTE)
+
+
+def decode(
+    params: Params,
+    before_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    cache: KVCache,
+    *,
+    cfg: ModelConfig,
+    valid_BT: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """MTP hidden states [B, T, D] of the next T tokens of each row, after the shared head's norm,
+    each a guess of the token that follows its own; and the cache with their keys and values in it.
+
+    before_BTD: of the token *before* each, the main model's after its final norm, or this layer's
+    own where the main model has not read it yet. cache: of one layer more than the main model, the
+    last; its `length_B` says where the first of the T tokens goes, and stays. The pair of a hidden
+    state and its next token lies at that token's own slot, so that a page holds what follows from
+    its tokens and those before, and can be shared. The first token of a row makes no pair.
+
+    Raises: ValueError for a model without the layer.
+    """
+    mtp = _layer(params)
+    # Pair i, of hidden i and token i + 1, stands at position i, as in training, and lies a slot on.
+    pairs = cache.replace(lead=1, length_B=cache.length_B - 1)
+    slots = pairs.slots(tokens_BT.shape[1], valid_BT)
+    flow = make_flow(cfg, tokens_BT.shape, slots.positions_BT, valid_BT.astype(jnp.int32))
+    v_BTD, out = stack(
+        mtp.block,
+        _join(params, before_BTD, tokens_BT, cfg),
+        flow.replace(slots=slots),
+        cfg=cfg,
+        cache=pairs.pages(),
+        first=cfg.n_layers,
+        keep_logits=False,
     )
+    assert out.cache is not None
+    cache = cache.replace(k_LPSKH=out.cache.k_LPSKH, v_LPSKH=out.cache.v_LPSKH)
+    return rms_norm(v_BTD, mtp.norm_D[0], cfg.norm_eps), cache
 
 
 def inner_segments(segments_BT: jax.Array) -> jax.Array:
@@ -77,3 +109,20 @@ def inner_segments(segments_BT: jax.Array) -> jax.Array:
     """
     here_BT, next_BT = segments_BT[:, :-1], segments_BT[:, 1:]
     return jnp.where(here_BT == next_BT, here_BT, 0)
+
+
+def _layer(params: Params) -> Mtp:
+    if params.mtp is None:
+        raise ValueError("this model has no MTP layer (n_mtp = 0); use a config with n_mtp = 1")
+    return params.mtp
+
+
+def _join(params: Params, before_BTD, tokens_BT, cfg: ModelConfig) -> jax.Array:
+    """What the layer reads, [B, T, D]: a token's embedding and the hidden state before it."""
+    p = _layer(params)
+    token_BTD = rms_norm(embed(params, tokens_BT, cfg), p.norm_embed_D[0], cfg.norm_eps)
+    before_BTD = rms_norm(before_BTD, p.norm_hidden_D[0], cfg.norm_eps)
+    join_2DD = p.join_2DD[0].astype(compute_dtype(cfg))  # embedding half first
+    return jnp.einsum("btd,de->bte", token_BTD, join_2DD[0]) + jnp.einsum(
+        "btd,de->bte", before_BTD, join_2DD[1]
+    )

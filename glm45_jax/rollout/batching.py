@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from glm45_jax.rollout.pages import Pages, Prefix, Prefixes
+from glm45_jax.rollout.pages import Pages, Prefix, Prefixes, names_of
+from glm45_jax.rollout.prometheus import Times
 from glm45_jax.rollout.request import Request, key_of
-from glm45_jax.rollout.types import Finish, SlotEngine, Stats, Step
+from glm45_jax.rollout.types import Finish, Policy, SlotEngine, Stats, Step
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,9 @@ class Batcher:
     """Requests over the slots and pages of one engine, a step at a time.
 
     prefill_tokens: prompt tokens read in one step before the running rows go on, at least a chunk.
-    max_waiting: requests that may queue; one more fails. clock: seconds, for deadlines. closed: no
-    request is begun. paused: no row goes on.
+    max_waiting: requests that may queue; one more fails. reuse: whether full pages of rows that
+    ended are found by later ones. clock: seconds, for deadlines. closed: no request is begun.
+    paused: no row goes on. times: how long requests took.
     """
 
     def __init__(
@@ -45,12 +47,13 @@ class Batcher:
         version: int,
         prefill_tokens: int,
         max_waiting: int,
+        reuse: bool,
         clock: Callable[[], float],
     ) -> None:
-        self._engine, self._params, self._clock = engine, params, clock
-        self._prefill_tokens, self._max_waiting = prefill_tokens, max_waiting
+        self.engine, self._params, self._clock = engine, params, clock
+        self._prefill_tokens, self._max_waiting, self._reuse = prefill_tokens, max_waiting, reuse
         self._state = engine.init()
-        self._pages = Pages(engine.pages)
+        self._pages = Pages(engine.pages, version)
         self._prefixes = Prefixes(self._pages)
         width = -(-engine.max_tokens // engine.page)
         self._table_BP = np.full((engine.slots, width), -1, np.int32)
@@ -59,6 +62,8 @@ class Batcher:
         self._expiring: list[tuple[float, int, Request]] = []  # heap
         self._stats = Stats(version=version)
         self._queued = 0
+        self._pending: tuple[Any, int] | None = None  # weights that wait for what has begun
+        self.times = Times()
         self.unfinished: dict[int, Request] = {}
         self.broken = ""
         self.closed = self.paused = False
@@ -71,9 +76,20 @@ class Batcher:
             self._stats,
             waiting=self._queued,
             running=running,
-            free_slots=self._engine.slots - running,
+            free_slots=self.engine.slots - running,
             free_pages=self._pages.free,
+            kept_pages=self._pages.kept,
         )
+
+    @property
+    def pages_by_version(self) -> dict[int | None, int]:
+        """Pages in use, held or kept, by the version that wrote them; None for two versions."""
+        return self._pages.by_version()
+
+    @property
+    def drains(self) -> bool:
+        """Whether new weights wait for the end of what has begun."""
+        return self._pending is not None
 
     @property
     def moves(self) -> bool:
@@ -81,18 +97,20 @@ class Batcher:
         return (not self.closed and self._queued > 0) or (not self.paused and self._occupied > 0)
 
     def step(self) -> None:
-        """None; deadlines, prefills, one token of every running row."""
+        """None; deadlines, prefills, the next tokens of every running row."""
         self._expire()
+        self._settle()
         if not self.closed:
             self._admit()
         if not self.paused:
             self._decode()
+        self._settle()
         self._stats.ticks += 1
 
     def enter(self, request: Request) -> None:
         """None; the request waits, or has ended where it cannot be served."""
         self._stats.submitted += 1
-        if why := self.broken or request.refusal(self._engine):
+        if why := self.broken or request.refusal(self.engine):
             self.finish(request, "error", why)
         elif self._queued >= self._max_waiting:
             self.finish(request, "error", f"{self._queued} requests wait already; try later")
@@ -116,20 +134,47 @@ class Batcher:
         completion = request.end(finish, error)
         del self.unfinished[request.seq]
         setattr(self._stats, finish, getattr(self._stats, finish) + 1)
+        if request.out:
+            self.times.ended(len(request.out), self._clock() - request.first)
         if request.on_done is not None:
             request.on_done(completion)
 
-    def swap(self, params: Any, version: int) -> None:
-        """None; the next step is by these weights."""
-        self._params, self._stats.version = params, version
+    def offer(self, params: Any, version: int, policy: Policy) -> None:
+        """None; the next step is by these weights, or with "drain" the first one after the end of
+        all that has begun. Weights that still wait for that are dropped for these.
+        """
+        self._pending = (params, version)
+        if policy == "drain":
+            self._settle()
+            return
+        self._swap()
+        if policy == "abort_and_resume":
+            self.flush()
+
+    def _settle(self) -> None:
+        """None; weights that waited are those of the next step, once nothing has begun."""
+        if self._pending is None or self._occupied:
+            return
+        first = self._next()
+        if first is None or not first.out:  # preempted rows come first
+            self._swap()
+
+    def _swap(self) -> None:
+        assert self._pending is not None
+        (self._params, self._stats.version), self._pending = self._pending, None
         self._stats.pushes += 1
         self._prefixes.drop_all()  # keys and values of other weights are shared with nobody new
+        self._pages.renew(self._stats.version)
+        for request in self._running():
+            at, begun = divmod(request.cached, self.engine.page)
+            self._pages.rewrite(request.pages[at:], begun=begun > 0)
 
     def flush(self) -> None:
         """None; every page is free, running requests wait again."""
         for request in self._running():
             self._preempt(request)
         self._prefixes.drop_all()
+        self._pages.forget_all()
 
     def _queue(self, request: Request) -> None:
         request.status, request.key = "waiting", key_of(request.tokens())
@@ -142,10 +187,24 @@ class Batcher:
         self._queued -= 1
 
     def _leave(self, request: Request) -> None:
+        """None; its slot and pages are free, and the full ones may be found."""
+        full = request.cached // self.engine.page
+        if self._reuse and self._pages.current(request.pages[:full]):
+            tokens = request.tokens()[: request.cached]
+            names = names_of(tokens, self.engine.page, request.names)
+            at = request.seated // self.engine.page  # those before have theirs
+            self._name(request.pages[at:full], names[at:], request.routes_since_seated())
         self._pages.release(request.pages)
         self._slots[request.slot] = None
         self._table_BP[request.slot] = -1
-        request.pages, request.slot = [], -1
+        request.pages, request.slot, request.names, request.tail_TLA = [], -1, [], None
+
+    def _name(self, pages: list[int], names: list[bytes], routes_TLA: np.ndarray | None) -> None:
+        """None; full pages can be found by these names. routes_TLA: experts of their tokens."""
+        size = self.engine.page
+        for i, (page, name) in enumerate(zip(pages, names, strict=True)):
+            routes = None if routes_TLA is None else routes_TLA[i * size : (i + 1) * size]
+            self._pages.remember(page, name, routes)
 
     def _preempt(self, request: Request) -> None:
         """None; it waits again, at its old place, with the tokens it has."""
@@ -174,9 +233,14 @@ class Batcher:
         """
         budget = self._prefill_tokens
         while budget > 0 and None in self._slots and (request := self._next()) is not None:
+            if self.drains and not request.out:
+                return
             prefix = self._prefixes.get(request.key) or self._begin(request)
             if prefix is None:
                 return
+            if request.admitted is None:
+                request.admitted = self._clock()
+                self.times.queue_seconds.observe(request.admitted - request.arrived)
             try:
                 if not prefix.ready:
                     budget -= self._read_chunk(prefix)
@@ -197,26 +261,38 @@ class Batcher:
         return self._waiting[0][1] if self._waiting else None
 
     def _begin(self, request: Request) -> Prefix | None:
-        """A prefix with pages for the tokens of a request; None while running rows need those that
-        are free, one each.
+        """A prefix with pages for the tokens of a request, the first ones found where tokens began
+        like this before; None while running rows need those that are free, one each.
         """
-        tokens, page = request.tokens(), self._engine.page
+        tokens, page = request.tokens(), self.engine.page
+        if self._reuse:
+            request.names = names_of(tokens, page, request.names)
+        # The last token is always read: its scores are not kept.
+        found = self._pages.find(request.names[: (len(tokens) - 1) // page])
         with_next = len(tokens) // page + 1
-        if not self._prefixes.reclaim(with_next + self._occupied):
+        if not self._prefixes.reclaim(with_next - len(found) + self._occupied):
+            self._pages.release(found)
             return None
-        pages = self._pages.take(-(-len(tokens) // page))
-        assert pages is not None
-        return self._prefixes.begin(request.key, tokens, pages)
+        new = self._pages.take(-(-len(tokens) // page) - len(found))
+        assert new is not None
+        self._stats.prefix_hits += bool(found)
+        self._stats.reused_tokens += len(found) * page
+        routes = self._pages.routes(found)
+        prefix = Prefix(tokens, found + new, request.names, len(found) * page, routes=routes)
+        return self._prefixes.begin(request.key, prefix)
 
     def _read_chunk(self, prefix: Prefix) -> int:
         """Tokens read: the next of a prefix, at most a chunk."""
-        piece = prefix.tokens[prefix.done : prefix.done + self._engine.chunk]
-        self._state, prefix.last = self._engine.prefill(
+        piece = prefix.tokens[prefix.done : prefix.done + self.engine.chunk]
+        self._state, prefix.last = self.engine.prefill(
             self._params, self._state, piece, prefix.done, prefix.pages
         )
         prefix.done += len(piece)
         if prefix.last.routes_TLA is not None:
             prefix.routes.append(prefix.last.routes_TLA)
+        if prefix.ready and prefix.names:
+            full = prefix.pages[: len(prefix.names)]
+            self._name(full, prefix.names, np.concatenate(prefix.routes) if prefix.routes else None)
         self._stats.prefill_chunks += 1
         self._stats.prefill_tokens += len(piece)
         return len(piece)
@@ -227,7 +303,7 @@ class Batcher:
         The last who waits takes the pages over; others share the full ones and copy the last, which
         they will write to.
         """
-        length, page = len(prefix.tokens), self._engine.page
+        length, page = len(prefix.tokens), self.engine.page
         full, copy = prefix.pages[: length // page], None
         shares = self._prefixes.waiting(request.key) > 1
         if shares and not self._prefixes.reclaim(1 + self._occupied, keep=request.key):
@@ -247,7 +323,7 @@ class Batcher:
         self._unqueue(request)
         self._seat(request, pages)
         assert prefix.last is not None
-        self._state, step = self._engine.insert(
+        self._state, step = self.engine.insert(
             self._state,
             prefix.last,
             slot=request.slot,
@@ -256,7 +332,10 @@ class Batcher:
             sampling=request.sampling,
             copy=copy,
         )
-        request.take(prefix)
+        request.take(prefix, page)
+        if not request.out:
+            request.first = self._clock()
+            self.times.first_token_seconds.observe(request.first - request.arrived)
         self._append(request, step, 0)
         return True
 
@@ -273,25 +352,29 @@ class Batcher:
         running = self._running()
         if not running:
             return
+        if self.engine.draft:
+            for request in running:
+                self._grow_for_drafts(request)
         active_B = np.asarray([r is not None for r in self._slots])
         try:
-            self._state, step = self._engine.decode(
+            self._state, step = self.engine.decode(
                 self._params, self._state, self._table_BP, active_B
             )
         except ENGINE_ERRORS as error:
             self._fail(running, error)
             return
         self._stats.decode_steps += 1
+        if step.count_B is not None:
+            self._count_drafts(running, step.count_B)
         for request in running:
-            if step.routes_BLA is not None:
-                request.routes.append(step.routes_BLA[request.slot][None].copy())
-            self._append(request, step, request.slot)
+            if request.status == "running":  # an older one may have failed with all pages
+                self._append(request, step, request.slot)
 
     def _grow(self, request: Request) -> None:
         """None; the row has the page its next token goes to. Where none is free, prefixes give
         theirs, then the youngest row does: it waits again.
         """
-        at = request.cached // self._engine.page
+        at = request.cached // self.engine.page
         while at >= len(request.pages):
             if not self._prefixes.reclaim(1):
                 youngest = self._running()[-1]
@@ -304,17 +387,44 @@ class Batcher:
             request.pages.append(page)
         assert self._pages.holders(request.pages[at]) == 1, "a shared page would be written"
 
+    def _grow_for_drafts(self, request: Request) -> None:
+        """None; the row has pages for what a step may draw beyond one token, as far as there are
+        any: no row gives way for them.
+        """
+        end = len(request.prompt) + request.sampling.max_tokens - 1  # of all it will ever store
+        last = min(request.cached + self.engine.draft, end - 1)
+        while last // self.engine.page >= len(request.pages) and self._prefixes.reclaim(1):
+            (page,) = self._pages.take(1) or []
+            self._table_BP[request.slot, len(request.pages)] = page
+            request.pages.append(page)
+
+    def _count_drafts(self, running: list[Request], count_B: np.ndarray) -> None:
+        size, draft = self.engine.page, self.engine.draft
+        whole = [r.slot for r in running if len(r.pages) * size - r.cached > draft]
+        count_R, stats = count_B[whole], self._stats
+        stats.drafted += len(whole)
+        stats.accepted_1 += int((count_R > 1).sum())
+        stats.accepted_2 += int((count_R > 2).sum())
+        stats.accepted_3 += int((count_R > 3).sum())
+
     def _append(self, request: Request, step: Step, row: int) -> None:
-        try:
-            finish = request.append(step, row, self._stats.version)
-        except ArithmeticError as error:
-            self.finish(request, "error", str(error))
-            return
-        self._stats.output_tokens += 1
-        if request.on_token is not None:
-            request.on_token(request)
-        if finish is not None:
-            self.finish(request, finish)
+        """None; the request has the tokens that a step drew for it, up to the one that ends it."""
+        for place in step.places(row):
+            if step.routes_BLA is not None:
+                request.routes.append(step.routes_BLA[place][None].copy())
+            try:
+                finish = request.append(step, place, self._stats.version)
+            except ArithmeticError as error:
+                # Its pages hold what is not finite, and a weight of zero does not hide that from
+                # the next who gets them.
+                self._fail([request], error)
+                return
+            self._stats.output_tokens += 1
+            if request.on_token is not None:
+                request.on_token(request)
+            if finish is not None:
+                self.finish(request, finish)
+                return
 
     def _fail(self, culprits: list[Request], error: BaseException) -> None:
         """None; what the engine raised ends its culprits. The others wait again with the
@@ -326,4 +436,4 @@ class Batcher:
             self.finish(request, "error", f"{type(error).__name__}: {error}")
         self.flush()
         self._state = None
-        self._state = self._engine.init()
+        self._state = self.engine.init()

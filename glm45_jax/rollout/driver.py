@@ -20,9 +20,10 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from glm45_jax.rollout.batching import Batcher
+from glm45_jax.rollout.prometheus import exposition
 from glm45_jax.rollout.request import Request
 from glm45_jax.rollout.sampling import Sampling
-from glm45_jax.rollout.types import Completion, Piece, SlotEngine, Stats
+from glm45_jax.rollout.types import Completion, Piece, Policy, SlotEngine, Stats
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ class Driver:
     """Requests in, completions out.
 
     prefill_tokens: prompt tokens read in one tick before the running rows go on, at least a chunk.
-    max_waiting: requests that may queue; one more fails. clock: seconds, for deadlines.
+    max_waiting: requests that may queue; one more fails. reuse: whether pages of rows that ended
+    are kept while there is room, for later prompts that begin with the same tokens. clock: seconds.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Driver:
         version: int = 0,
         prefill_tokens: int = 1024,
         max_waiting: int = 100_000,
+        reuse: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._batch = Batcher(
@@ -52,6 +55,7 @@ class Driver:
             version=version,
             prefill_tokens=prefill_tokens,
             max_waiting=max_waiting,
+            reuse=reuse,
             clock=clock,
         )
         self._clock = clock
@@ -85,6 +89,7 @@ class Driver:
         prompt = [operator.index(token) for token in tokens]
         with self._door:
             request = Request(next(self._seq), prompt, sampling, expires, on_done, on_token)
+            request.arrived = self._clock()
             self._batch.unfinished[request.seq] = request
             self._post(lambda: self._batch.enter(request))
         return request
@@ -95,20 +100,28 @@ class Driver:
         """
         self._post(lambda: self._batch.finish(request, "cancelled"))
 
-    def push(self, params: Any, version: int) -> None:
-        """None; every token drawn from the next step on is of these weights. Running rows go on
-        over the keys and values they have; `flush` has them made anew.
+    def push(self, params: Any, version: int, *, policy: Policy = "in_flight") -> None:
+        """None; every token drawn from the next step on is of these weights.
+
+        policy: "in_flight": running rows go on over the keys and values they have.
+        "abort_and_resume": these are made anew by the new weights, from the tokens there are.
+        "drain": rows that have begun end by the old weights first, and none is begun; a newer push
+        takes the place of one that waits for that.
 
         Raises: ValueError for a version that is not newer than the last one pushed.
         """
         with self._door:
-            if version <= self._pushed:
-                raise ValueError(
-                    f"version {version} is not newer than {self._pushed}; versions rise, so that a "
-                    "token's version says which weights drew it"
-                )
+            self.check_newer(version)
             self._pushed = version
-            self._post(lambda: self._batch.swap(params, version))
+            self._post(lambda: self._batch.offer(params, version, policy))
+
+    def check_newer(self, version: int) -> None:
+        """None. Raises: ValueError for a version that is not newer than the last one pushed."""
+        if version <= self._pushed:
+            raise ValueError(
+                f"version {version} is not newer than {self._pushed}; versions rise, so that a "
+                "token's version says which weights drew it"
+            )
 
     def pause(self, *, drain: bool = False) -> None:
         """None; no request is begun until `resume`. Running ones stand still, or with `drain` run
@@ -129,12 +142,38 @@ class Driver:
     @property
     def busy(self) -> bool:
         """Whether a request has not ended, or something asked for has not happened."""
-        return bool(self._batch.unfinished or self._inbox)
+        return bool(self._batch.unfinished or self._inbox or self._batch.drains)
+
+    @property
+    def engine(self) -> SlotEngine:
+        """The engine under it."""
+        return self._batch.engine
+
+    @property
+    def broken(self) -> str:
+        """Why nothing is served any more; empty where all is well."""
+        return self._batch.broken
+
+    @property
+    def paused(self) -> bool:
+        """Whether a `pause` holds requests back."""
+        return self._batch.closed or self._batch.paused
 
     @property
     def stats(self) -> Stats:
         """Numbers of now, a copy."""
         return self._batch.stats
+
+    @property
+    def pages_by_version(self) -> dict[int | None, int]:
+        """Pages of the cache in use, held or kept, by the version of the weights that wrote them;
+        None for those that two versions wrote.
+        """
+        return self._batch.pages_by_version
+
+    def metrics(self) -> str:
+        """Counts, pages and times in the text format of Prometheus."""
+        return exposition(self.stats, self.pages_by_version, self._batch.times)
 
     def tick(self) -> bool:
         """Whether there is more to do, after one step: what was asked for, deadlines, prefills, one
@@ -207,9 +246,9 @@ class Driver:
         finally:
             self.cancel(request)  # of one that has ended nothing changes
 
-    async def update(self, params: Any, version: int) -> None:
+    async def update(self, params: Any, version: int, *, policy: Policy = "in_flight") -> None:
         """`push`, awaited: every token that is drawn after it returns is of these weights."""
-        self.push(params, version)
+        self.push(params, version, policy=policy)
         self._start(asyncio.get_running_loop())
         while self.stats.version < version:
             await asyncio.sleep(PAUSE_S)

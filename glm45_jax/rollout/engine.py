@@ -3,7 +3,8 @@ state) over a paged cache. Types to know: `EngineState`, `GlmEngine`.
 
 The host says with each call which pages a row has; the device knows lengths, last tokens and knobs.
 A state is given up to the call that changes it (its buffers are donated).
-Letters: B slots, T tokens of a chunk, P pages of a row (of the cache in k_, v_), S K H L A V.
+Letters: B slots, T tokens of a chunk or of a step, P pages of a row (of the cache in k_, v_), S K H
+L A V.
 """
 
 from __future__ import annotations
@@ -23,8 +24,15 @@ from glm45_jax.model.block import compute_dtype
 from glm45_jax.model.cache import KVCache, init_cache
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.model.transformer import Hidden, Params
-from glm45_jax.rollout.sampling import Knobs, Sampling, knobs, sample
+from glm45_jax.rollout import speculative
+from glm45_jax.rollout.sampling import Knobs, Sampling, knobs, sample, sample_each
+from glm45_jax.rollout.speculative import Ahead
 from glm45_jax.rollout.types import Prefilled, Step
+
+# What a scan takes of stacked weights is copied before Triton reads it, and products of one input
+# are merged by copying their weights side by side: a fifth of a decode step (docs/log.md). cuBLAS
+# reads each where it lies. No other platform looks at these.
+OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 @struct.dataclass
@@ -32,7 +40,8 @@ class EngineState:
     """All slots and all pages.
 
     length_B: tokens in the cache, int32. token_B: the last one drawn, not in it yet. index_B: how
-    many were drawn.
+    many were drawn. ahead: what drafts follow from, None without them; with them the cache has a
+    layer more, MTP's.
     """
 
     k_LPSKH: jax.Array
@@ -41,6 +50,7 @@ class EngineState:
     token_B: jax.Array
     index_B: jax.Array
     knobs: Knobs
+    ahead: Ahead | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +60,11 @@ class GlmEngine:
     page: tokens of a page. buckets: lengths a chunk is padded to, rising; a longer prompt goes in
     chunks of the last. spans: pages of a row that a call may read, rising; the smallest that holds
     every row is taken, so that short rows do not read to the end of long ones; () is the whole row.
-    routes: whether experts are returned. It compiles at most buckets x spans prefills, spans
-    decodes and one insert.
+    routes: whether experts are returned. top_logprobs: of how many of the likeliest tokens. draft:
+    tokens that MTP drafts a step, 0 to 3; a step then draws 1 to draft + 1, the same ones that it
+    would draw without. kv_dtype: of the cache, None for the model's, or "float8_e4m3fn" for half of
+    its bytes (model/cache.py says what it costs). It compiles at most buckets x spans prefills,
+    spans decodes and one insert.
     """
 
     cfg: ModelConfig
@@ -62,6 +75,9 @@ class GlmEngine:
     buckets: tuple[int, ...] = (16, 64, 256)
     spans: tuple[int, ...] = ()
     routes: bool = False
+    top_logprobs: int = 0
+    draft: int = 0
+    kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for sizes that do not fit each other."""
@@ -77,6 +93,20 @@ class GlmEngine:
                 raise ValueError(f"{name} {sizes} do not rise from a positive number")
         if not self.buckets:
             raise ValueError("buckets are empty; give the lengths to compile a prefill for")
+        if not 0 <= self.top_logprobs <= self.cfg.vocab:
+            raise ValueError(
+                f"top_logprobs {self.top_logprobs} is not a count of tokens up to the vocabulary's "
+                f"{self.cfg.vocab}"
+            )
+        if self.kv_dtype not in (None, "float8_e4m3fn"):
+            raise ValueError(f"kv_dtype {self.kv_dtype!r} is neither None nor 'float8_e4m3fn'")
+        if not 0 <= self.draft <= speculative.MOST:
+            raise ValueError(f"draft {self.draft} is not in 0 to {speculative.MOST} tokens a step")
+        if self.draft and not self.cfg.n_mtp:
+            raise ValueError(
+                f"draft {self.draft} needs the MTP layer, and this model has none (n_mtp = 0); use "
+                "draft=0"
+            )
         if self.routes and not self.cfg.n_moe:
             raise ValueError("routes of a model without MoE layers (n_moe = 0); use routes=False")
 
@@ -99,17 +129,22 @@ class GlmEngine:
         """Every slot idle, every page empty."""
         key, value = self.cfg.mixer.kv_shapes
         cache = init_cache(
-            layers=self.cfg.n_layers,
+            layers=self.cfg.n_layers + (self.draft > 0),
             rows=1,
             max_tokens=self.pages * self.page,
             key=key,
             value=value,
-            dtype=compute_dtype(self.cfg),
+            dtype=jnp.dtype(self.kv_dtype or compute_dtype(self.cfg)),
             page=self.page,
         )
         idle = jax.tree.map(jnp.asarray, knobs([Sampling()] * self.slots))
         zeros = functools.partial(jnp.zeros, self.slots, jnp.int32)
-        return EngineState(cache.k_LPSKH, cache.v_LPSKH, zeros(), zeros(), zeros(), idle)
+        ahead = None
+        if self.draft:
+            ahead = speculative.init_ahead(
+                self.cfg, slots=self.slots, pages=self.pages, draft=self.draft
+            )
+        return EngineState(cache.k_LPSKH, cache.v_LPSKH, zeros(), zeros(), zeros(), idle, ahead)
 
     def prefill(
         self,
@@ -144,6 +179,7 @@ class GlmEngine:
             table_1P.astype(np.int32),
             cfg=self.cfg,
             routes=self.routes,
+            fresh=bool(start == 0),
         )
         if last.routes_TLA is not None:
             last = last.replace(routes_TLA=np.asarray(last.routes_TLA)[: len(tokens)])
@@ -163,16 +199,28 @@ class GlmEngine:
         """A row of `length` tokens takes a slot and draws token `index` of its output."""
         source, target = copy or (0, self.pages)
         numbers = (np.int32(n) for n in (slot, length, index, source, target))
-        state, step = insert(state, prefilled.logits_1V, knobs([sampling]), *numbers)
+        asked = knobs([sampling])
+        given = prefilled.replace(routes_TLA=None)  # whose length would be compiled for
+        state, step = insert(state, given, asked, *numbers, top=self.top_logprobs)
         return state, jax.device_get(step)
 
     def decode(
         self, params: Params, state: EngineState, table_BP: np.ndarray, active_B: np.ndarray
     ) -> tuple[EngineState, Step]:
-        """One more token of every active slot. table_BP: int32, -1 where a row has no page."""
+        """The next tokens of every active slot: one, and up to `draft` more. table_BP: int32, -1
+        where a row has no page.
+        """
         used = int((table_BP >= 0).sum(axis=1).max())
         table_BP = np.where(table_BP < 0, self.pages, table_BP)[:, : self._span(used)]
-        state, step = decode(params, state, table_BP, active_B, cfg=self.cfg, routes=self.routes)
+        state, step = decode(
+            params,
+            state,
+            table_BP,
+            active_B,
+            cfg=self.cfg,
+            routes=self.routes,
+            top=self.top_logprobs,
+        )
         return state, jax.device_get(step)
 
     def _span(self, pages: int) -> int:
@@ -180,7 +228,12 @@ class GlmEngine:
         return next(n for n in spans if n >= pages)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "routes"), donate_argnames="state")
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "routes", "fresh"),
+    donate_argnames="state",
+    compiler_options=OPTIONS,
+)
 def prefill(
     params: Params,
     state: EngineState,
@@ -191,40 +244,51 @@ def prefill(
     *,
     cfg: ModelConfig,
     routes: bool,
+    fresh: bool,
 ) -> tuple[EngineState, Prefilled]:
     """The state with a chunk's keys and values in it, the logits after its last token, float32, and
     with `routes` the experts of all T tokens.
 
     tokens_1T: right-padded, `count` of them valid, the first at position `start`. table_1P: pages
-    of the row; ids past the last page mean none.
+    of the row; ids past the last page mean none. fresh: start is 0: the tokens see each other
+    alone, by the kernel of training.
     """
     valid_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None, :] < count
-    cache = KVCache(state.k_LPSKH, state.v_LPSKH, table_1P, start[None])
-    hidden, cache = transformer.decode(params, tokens_1T, cache, cfg=cfg, valid_BT=valid_1T)
+    cache = KVCache(state.k_LPSKH, state.v_LPSKH, table_1P, start[None], fresh=fresh)
+    hidden, after = transformer.decode(params, tokens_1T, cache, cfg=cfg, valid_BT=valid_1T)
+    cache, ahead = after.replace(length_B=start[None], fresh=False), state.ahead
+    if ahead is not None:
+        ahead, cache = speculative.read_chunk(
+            params, ahead, hidden.hidden_BTD, tokens_1T, cache, valid_1T, cfg=cfg
+        )
     last_11D = jax.lax.dynamic_slice_in_dim(hidden.hidden_BTD, count - 1, 1, axis=1)
     logits_1V = transformer.logits(params, last_11D, cfg=cfg)[:, 0]
     routes_TLA = chosen(params, hidden, cfg)[0] if routes else None
-    state = state.replace(k_LPSKH=cache.k_LPSKH, v_LPSKH=cache.v_LPSKH)
-    return state, Prefilled(logits_1V, routes_TLA)
+    state = state.replace(k_LPSKH=cache.k_LPSKH, v_LPSKH=cache.v_LPSKH, ahead=ahead)
+    return state, Prefilled(logits_1V, routes_TLA, None if ahead is None else last_11D[:, 0])
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="top", donate_argnames="state")
 def insert(
     state: EngineState,
-    logits_1V: jax.Array,
+    prefilled: Prefilled,
     row: Knobs,
     slot: jax.Array,
     length: jax.Array,
     index: jax.Array,
     source: jax.Array,
     target: jax.Array,
+    *,
+    top: int,
 ) -> tuple[EngineState, Step]:
     """The state with a prefilled row in `slot`, and token `index` of its output, drawn (B = 1).
 
     Page `source` is copied to page `target`: the half-filled page of a prompt that several rows
     share. A target past the last page copies nothing.
     """
-    draw = sample(logits_1V, row, index[None])
+    draw, ahead = sample(prefilled.logits_1V, row, index[None], top=top), state.ahead
+    if ahead is not None:
+        ahead = speculative.seat(ahead, prefilled.hidden_1D, draw.token_B, slot, source, target)
 
     def copied(page_LPSKH: jax.Array) -> jax.Array:
         return page_LPSKH.at[:, target].set(page_LPSKH[:, source], mode="drop")
@@ -236,11 +300,17 @@ def insert(
         token_B=state.token_B.at[slot].set(draw.token_B[0]),
         index_B=state.index_B.at[slot].set(index + 1),
         knobs=jax.tree.map(lambda x_B, x_1: x_B.at[slot].set(x_1[0]), state.knobs, row),
+        ahead=ahead,
     )
     return state, Step(draw)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "routes"), donate_argnames="state")
+@functools.partial(
+    jax.jit,
+    static_argnames=("cfg", "routes", "top"),
+    donate_argnames="state",
+    compiler_options=OPTIONS,
+)
 def decode(
     params: Params,
     state: EngineState,
@@ -249,26 +319,46 @@ def decode(
     *,
     cfg: ModelConfig,
     routes: bool,
+    top: int,
 ) -> tuple[EngineState, Step]:
-    """One step of every active slot: its last token goes into the cache, the next is drawn.
+    """One step of every active slot: its last token goes into the cache, and after it those of its
+    drafts that are the tokens drawn; one more is drawn after them.
 
-    An active row must have the page its token goes to. Idle rows compute, but store and change
-    nothing.
+    An active row must have the page its token goes to; drafts past its pages are not believed. Idle
+    rows compute, but store and change nothing.
     """
     cache = KVCache(state.k_LPSKH, state.v_LPSKH, table_BP, state.length_B)
-    hidden, cache = transformer.decode(
-        params, state.token_B[:, None], cache, cfg=cfg, valid_BT=active_B[:, None]
-    )
-    logits_BV = transformer.logits(params, hidden, cfg=cfg)[:, 0]
-    draw = sample(logits_BV, state.knobs, state.index_B)
+    tokens_BT, ahead = state.token_B[:, None], state.ahead
+    if ahead is not None:
+        drafts_BT, cache = speculative.propose(
+            params, ahead, state.knobs, state.index_B, cache, active_B, cfg=cfg
+        )
+        tokens_BT = jnp.concatenate([tokens_BT, drafts_BT], axis=1)
+    valid_BT = jnp.broadcast_to(active_B[:, None], tokens_BT.shape)
+    hidden, after = transformer.decode(params, tokens_BT, cache, cfg=cfg, valid_BT=valid_BT)
+    logits_BTV = transformer.logits(params, hidden, cfg=cfg)
+    draw = sample_each(logits_BTV, state.knobs, state.index_B, top=top)
+    step = Step(draw, chosen(params, hidden, cfg) if routes else None)
+    if ahead is None:
+        step = jax.tree.map(lambda x_B1: x_B1[:, 0], step)
+        count_B, last_B = active_B.astype(jnp.int32), step.draw.token_B
+    else:
+        count_B = speculative.accept(drafts_BT, draw.token_B, cache)
+        ahead = speculative.remember(
+            ahead, hidden.hidden_BTD, draw.token_B, count_B, cache, active_B
+        )
+        step = step.replace(count_B=count_B)
+        last_B = jnp.take_along_axis(draw.token_B, count_B[:, None] - 1, axis=1)[:, 0]
+        count_B = jnp.where(active_B, count_B, 0)
     state = state.replace(
-        k_LPSKH=cache.k_LPSKH,
-        v_LPSKH=cache.v_LPSKH,
-        length_B=cache.length_B,
-        token_B=jnp.where(active_B, draw.token_B, state.token_B),
-        index_B=state.index_B + active_B.astype(jnp.int32),
+        k_LPSKH=after.k_LPSKH,
+        v_LPSKH=after.v_LPSKH,
+        length_B=state.length_B + count_B,
+        token_B=jnp.where(active_B, last_B, state.token_B),
+        index_B=state.index_B + count_B,
+        ahead=ahead,
     )
-    return state, Step(draw, chosen(params, hidden, cfg)[:, 0] if routes else None)
+    return state, step
 
 
 def chosen(params: Params, hidden: Hidden, cfg: ModelConfig) -> jax.Array:

@@ -1,11 +1,13 @@
-"""One request from its door to its completion: `Request`. Letters: T tokens of an output, L A."""
+"""One request from its door to its completion: `Request`. Letters: T tokens of an output, L A, K
+best tokens.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,8 +21,12 @@ class Request:
     """What a driver knows of one request. `completion` is None until it ends, and then stays.
 
     seq: order of arrival. expires: on the driver's clock. slot, pages: while it runs. key: the
-    tokens to prefill, while it waits. logp, logp_raw, versions: one each token of `out`. routes:
-    experts of the tokens in the cache, in pieces.
+    tokens to prefill, while it waits. logp, logp_raw, versions: one each token of `out`; top: ids
+    and log-probs of the likeliest there, where the engine says them. routes: experts of the tokens
+    in the cache, in pieces. names: of its full pages, as far as they are known. seated: tokens in
+    the cache when it last took a slot; tail_TLA: experts of those in the page begun then. arrived,
+    admitted, first: when it came, its prompt was begun and its first token drawn, by the driver's
+    clock.
     """
 
     seq: int
@@ -37,7 +43,14 @@ class Request:
     logp: list[float] = dataclasses.field(default_factory=list)
     logp_raw: list[float] = dataclasses.field(default_factory=list)
     versions: list[int] = dataclasses.field(default_factory=list)
+    top: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
     routes: list[np.ndarray] = dataclasses.field(default_factory=list)
+    names: list[bytes] = dataclasses.field(default_factory=list)
+    seated: int = 0
+    tail_TLA: np.ndarray | None = None
+    arrived: float = 0.0
+    admitted: float | None = None
+    first: float = 0.0
     completion: Completion | None = None
 
     @property
@@ -67,30 +80,45 @@ class Request:
             return f"token {bad} of the prompt is not in [0, {engine.vocab})"
         return None
 
-    def take(self, prefix: Prefix) -> None:
-        """None; keeps the experts of tokens of which it has none yet: after a preemption the first
-        ones stand, they drew the output.
+    def take(self, prefix: Prefix, page: int) -> None:
+        """None; it has what is known of the prefix it sits on, in pages of so many tokens. Of the
+        experts it keeps those of tokens of which it has none yet: after a preemption the first ones
+        stand, they drew the output.
         """
+        self.names, self.seated = prefix.names, len(prefix.tokens)
         known = sum(map(len, self.routes))
         if prefix.routes:
-            self.routes.append(np.concatenate(prefix.routes)[known:])
+            routes_TLA = np.concatenate(prefix.routes)
+            self.routes.append(routes_TLA[known:])
+            self.tail_TLA = routes_TLA[self.seated // page * page :].copy()
 
-    def append(self, step: Step, row: int, version: int) -> Finish | None:
-        """What the token ends, if it does; the token is kept either way.
+    def routes_since_seated(self) -> np.ndarray | None:
+        """Experts of the tokens in the cache, from the page on that was begun when it took its
+        slot, by the weights that wrote them there; None where they are not kept.
+        """
+        if self.tail_TLA is None:
+            return None
+        return np.concatenate([self.tail_TLA, np.concatenate(self.routes)[self.seated :]])
+
+    def append(self, step: Step, place: Any, version: int) -> Finish | None:
+        """What the token at a place of a step ends, if it does; the token is kept either way.
 
         Raises: ArithmeticError for a log-prob that is not finite; that token is not kept.
         """
-        logp, raw = float(step.draw.logp_B[row]), float(step.draw.logp_raw_B[row])
+        draw = step.draw
+        logp, raw = float(draw.logp_B[place]), float(draw.logp_raw_B[place])
         if not (math.isfinite(logp) and math.isfinite(raw)):
             raise ArithmeticError(
                 f"log-prob {logp} (raw {raw}) of output token {len(self.out)}, weights of version "
                 f"{version}: the logits are not finite; look at the weights"
             )
-        token = int(step.draw.token_B[row])
+        token = int(draw.token_B[place])
         self.out.append(token)
         self.logp.append(logp)
         self.logp_raw.append(raw)
         self.versions.append(version)
+        if draw.top_ids_BK is not None and draw.top_logp_BK is not None:
+            self.top.append((draw.top_ids_BK[place], draw.top_logp_BK[place]))
         if token in self.sampling.stop:
             return "stop"
         return "length" if len(self.out) == self.sampling.max_tokens else None
@@ -102,12 +130,14 @@ class Request:
             np.asarray(self.logp[start:], np.float32),
             np.asarray(self.logp_raw[start:], np.float32),
             tuple(self.versions[start:]),
+            *self._tops(start),
         )
 
     def end(self, finish: Finish, error: str = "") -> Completion:
         """Its completion, with what it has; who holds its slot and pages frees them."""
         assert self.completion is None
         self.status = "done"
+        ids_TK, logp_TK = self._tops(0)
         self.completion = Completion(
             tokens_T=np.asarray(self.out, np.int32),
             logp_T=np.asarray(self.logp, np.float32),
@@ -116,8 +146,16 @@ class Request:
             finish=finish,
             error=error,
             routes_TLA=np.concatenate(self.routes) if self.routes else None,
+            top_ids_TK=ids_TK,
+            top_logp_TK=logp_TK,
         )
         return self.completion
+
+    def _tops(self, start: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        if not self.top[start:]:
+            return None, None
+        ids, logps = zip(*self.top[start:], strict=True)
+        return np.asarray(ids, np.int32), np.asarray(logps, np.float32)
 
 
 def key_of(tokens: Sequence[int]) -> bytes:

@@ -1,5 +1,6 @@
 """What a request asks of the sampler, one draw a slot, and text from a model without an engine.
-Types to know: `Sampling`, `Knobs`, `Draw`. Letters: B slots or rows, T prompt length, V.
+Types to know: `Sampling`, `Knobs`, `Draw`. Letters: B slots or rows, T prompt length, V, K best
+tokens.
 
 A draw is a function of (logits, seed, index of the token in its own output) alone: neither the slot
 nor what else is in the batch matters.
@@ -85,12 +86,15 @@ class Draw:
 
     logp_B: of softmax(logits / temperature), whatever top_k, top_p and min_p took out: this is what
     the policy gradient recomputes. At temperature 0 the distribution is the one token: 0.
-    logp_raw_B: of softmax(logits), temperature 1.
+    logp_raw_B: of softmax(logits), temperature 1. top_ids_BK, top_logp_BK: the K likeliest tokens,
+    best first, int32, and their log-probs at temperature 1; None unless asked for.
     """
 
     token_B: jax.Array
     logp_B: jax.Array
     logp_raw_B: jax.Array
+    top_ids_BK: jax.Array | None = None
+    top_logp_BK: jax.Array | None = None
 
 
 def knobs(samplings: Sequence[Sampling]) -> Knobs:
@@ -108,10 +112,10 @@ def knobs(samplings: Sequence[Sampling]) -> Knobs:
     )
 
 
-@jax.jit
-def sample(logits_BV: jax.Array, knobs: Knobs, index_B: jax.Array) -> Draw:
+@functools.partial(jax.jit, static_argnames="top")
+def sample(logits_BV: jax.Array, knobs: Knobs, index_B: jax.Array, *, top: int = 0) -> Draw:
     """One draw a slot by its own knobs. logits_BV: float32. index_B: int32, how many tokens the
-    slot's output holds already.
+    slot's output holds already. top: how many of the likeliest tokens are returned beside it.
     """
     heat_B = jnp.where(knobs.temperature_B > 0, knobs.temperature_B, 1.0)
     warm_BV = logits_BV / heat_B[:, None]
@@ -129,7 +133,18 @@ def sample(logits_BV: jax.Array, knobs: Knobs, index_B: jax.Array) -> Draw:
     )
     token_B = jnp.where(knobs.temperature_B > 0, drawn_B, best_B).astype(jnp.int32)
     logp_B = jnp.where(knobs.temperature_B > 0, _of(token_B, warm_BV), 0.0)
-    return Draw(token_B, logp_B, _of(token_B, logits_BV))
+    return Draw(token_B, logp_B, _of(token_B, logits_BV), *_best(logits_BV, top))
+
+
+def sample_each(logits_BTV: jax.Array, knobs: Knobs, index_B: jax.Array, *, top: int = 0) -> Draw:
+    """Draws of T tokens in a row of each slot, leaves [B, T, ..]: `sample` of token t by its own
+    logits and index_B + t.
+    """
+    B, T, V = logits_BTV.shape
+    index_BT = index_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None, :]
+    rows = jax.tree.map(lambda x_B: jnp.repeat(x_B, T), knobs)
+    draw = sample(logits_BTV.reshape(B * T, V), rows, index_BT.reshape(-1), top=top)
+    return jax.tree.map(lambda x_M: x_M.reshape(B, T, *x_M.shape[1:]), draw)
 
 
 def generate(
@@ -193,6 +208,15 @@ def _of(token_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
     """Log-prob of each row's token, float32."""
     logp_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32), axis=-1)
     return jnp.take_along_axis(logp_BV, token_B[:, None], axis=-1)[:, 0]
+
+
+def _best(logits_BV: jax.Array, top: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """Ids and log-probs, [B, K] each, of the `top` likeliest tokens; None for 0."""
+    if not top:
+        return None, None
+    logits_BK, ids_BK = jax.lax.top_k(logits_BV, top)
+    total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
+    return ids_BK, logits_BK - total_B1
 
 
 def _draw(warm_BV: jax.Array, seed_B: jax.Array, index_B: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """What crosses the doors of the rollout room: `Completion`, `Piece`, `Stats`, and the two engines,
 `Engine` as the rest of the house sees it and `SlotEngine` as the driver sees it.
 
-Letters: B slots, P pages of a row, T tokens of an output, L MoE layers, A, V.
+Letters: B slots, P pages of a row, T tokens of an output, L MoE layers, A, V, K best tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from glm45_jax.rollout.sampling import Draw, Sampling
 
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 
+# What a push does to running rows: they end before it, go on over the keys they have, or have them
+# made anew.
+Policy = Literal["drain", "in_flight", "abort_and_resume"]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Completion:
@@ -26,7 +30,9 @@ class Completion:
     whole distribution: what the policy gradient recomputes. logp_raw_T: the same at temperature 1.
     versions: of the weights that drew each token, never falling. error: why, where finish is
     "error". routes_TLA: experts of every token that went through the model, the prompt's and all
-    but the last of the output's, None unless asked for.
+    but the last of the output's, None unless asked for. top_ids_TK, top_logp_TK: the K likeliest
+    tokens at each place, best first, int32, and their log-probs at temperature 1, float32; None
+    where the engine's `top_logprobs` is 0, or there is no token.
     """
 
     tokens_T: np.ndarray
@@ -36,6 +42,8 @@ class Completion:
     finish: Finish
     error: str = ""
     routes_TLA: np.ndarray | None = None
+    top_ids_TK: np.ndarray | None = None
+    top_logp_TK: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,27 +54,39 @@ class Piece:
     logp_T: np.ndarray
     logp_raw_T: np.ndarray
     versions: tuple[int, ...]
+    top_ids_TK: np.ndarray | None = None
+    top_logp_TK: np.ndarray | None = None
 
 
 @dataclasses.dataclass
 class Stats:
-    """Plain numbers of a driver. The first five are of now, the rest count since its start.
+    """Plain numbers of a driver: down to `version` those of now, the rest count since its start.
 
-    shared_tokens: prompt tokens that a request took over from another's pages. failures: exceptions
-    that came out of the engine.
+    kept_pages: of the free ones, those that later requests may find. shared_tokens: prompt tokens
+    that a request took over from one that waited beside it. reused_tokens: those that began a row
+    and were found in kept pages, `prefix_hits` times. failures: exceptions that came out of the
+    engine. drafted: times that all drafts of a row were verified; accepted_1, _2, _3: times of
+    these that the first was right, the first two, all three.
     """
 
     waiting: int = 0
     running: int = 0
     free_slots: int = 0
     free_pages: int = 0
+    kept_pages: int = 0
     version: int = 0
     ticks: int = 0
     decode_steps: int = 0
     prefill_chunks: int = 0
     prefill_tokens: int = 0
     shared_tokens: int = 0
+    reused_tokens: int = 0
+    prefix_hits: int = 0
     output_tokens: int = 0
+    drafted: int = 0
+    accepted_1: int = 0
+    accepted_2: int = 0
+    accepted_3: int = 0
     submitted: int = 0
     preempted: int = 0
     pushes: int = 0
@@ -80,22 +100,33 @@ class Stats:
 
 @struct.dataclass
 class Prefilled:
-    """What a prefill leaves for `insert`: scores of the next token (the engine's own affair) and
-    the experts of the tokens read, [T, L, A] on the host or None.
+    """What a prefill leaves for `insert`: scores of the next token and, for drafts, what they came
+    from (the engine's own affair); the experts of the tokens read, [T, L, A] on the host or None.
     """
 
     logits_1V: Any
     routes_TLA: Any = None
+    hidden_1D: Any = None
 
 
 @struct.dataclass
 class Step:
-    """One token of every slot, on the host where the driver sees it; rows of idle slots mean
+    """The next token of every slot, on the host where the driver sees it; rows of idle slots mean
     nothing. routes_BLA: experts of the token that was read, not of the one that was drawn, or None.
+
+    count_B: None for one token each. A step that may draw more says how many each slot got, at
+    least one, and every other leaf has an axis after B that holds them in order.
     """
 
     draw: Draw
     routes_BLA: Any = None
+    count_B: Any = None
+
+    def places(self, row: int) -> list[Any]:
+        """Where a slot's tokens lie in the leaves, in order: what to index them with."""
+        if self.count_B is None:
+            return [row]
+        return [(row, i) for i in range(int(self.count_B[row]))]
 
 
 class Engine(Protocol):
@@ -113,7 +144,8 @@ class SlotEngine(Protocol):
     holds what.
 
     page, pages: tokens of a page, pages there are. max_tokens: that one row may hold. chunk: most
-    tokens of one prefill. A row is a list of page ids, its tokens in order.
+    tokens of one prefill. draft: tokens that a step may draw beyond one, where the row has pages
+    for them. A row is a list of page ids, its tokens in order.
     """
 
     @property
@@ -135,6 +167,10 @@ class SlotEngine(Protocol):
     @property
     def chunk(self) -> int:
         """Most tokens of one prefill."""
+
+    @property
+    def draft(self) -> int:
+        """Tokens that a step may draw beyond one."""
 
     @property
     def vocab(self) -> int:
@@ -166,4 +202,6 @@ class SlotEngine(Protocol):
     def decode(
         self, params: Any, state: Any, table_BP: np.ndarray, active_B: np.ndarray
     ) -> tuple[Any, Step]:
-        """One more token of every active slot. table_BP: int32, -1 where a row has no page."""
+        """The next tokens of every active slot. table_BP: int32, -1 where a row has no page; it has
+        one for the last token drawn.
+        """

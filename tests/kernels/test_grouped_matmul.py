@@ -127,19 +127,22 @@ def test_products_in_bfloat16_accumulate_in_float32():
 
 @hypothesis.settings(max_examples=50)
 @hypothesis.given(
-    st.lists(st.integers(0, 400), min_size=1, max_size=8), st.integers(0, 300).map(lambda n: n * 8)
+    st.lists(st.integers(0, 400), min_size=1, max_size=8),
+    st.integers(0, 300).map(lambda n: n * 8),
+    st.sampled_from([gpu.HALF, gpu.ROWS]),
 )
-def test_tiles_hold_every_row_of_one_group_each(sizes, past):
+def test_tiles_hold_every_row_of_one_group_each(sizes, past, height):
     n = sum(sizes) + past
-    tiles = jax.tree.map(np.asarray, gpu.lay_tiles(jnp.asarray(sizes, jnp.int32), n_rows=n))
+    tiles = gpu.lay_tiles(jnp.asarray(sizes, jnp.int32), n_rows=n, rows=height)
+    tiles = jax.tree.map(np.asarray, tiles)
     total, edges = tiles.next_P[-1], np.cumsum([0, *sizes, past])
-    assert total == sum(-(-rows // gpu.ROWS) for rows in (*sizes, past)) <= len(tiles.next_P)
+    assert total == sum(-(-rows // height) for rows in (*sizes, past)) <= len(tiles.next_P)
     np.testing.assert_array_equal(tiles.end_E, edges[1:-1])
     for p in range(total):
         expert = tiles.expert_P[p]
         assert (tiles.start_P[p], tiles.end_P[p]) == (edges[expert], edges[expert + 1])
         rows = edges[expert + 1] - edges[expert]
-        assert tiles.next_P[p] - tiles.first_P[p] == -(-rows // gpu.ROWS)
+        assert tiles.next_P[p] - tiles.first_P[p] == -(-rows // height)
         assert tiles.first_P[p] <= p < tiles.next_P[p]
 
 
@@ -155,13 +158,22 @@ def test_the_mosaic_kernel_says_what_it_cannot_take():
             op.grouped_matmul(x, w, sizes, impl="mosaic")
 
 
+@pytest.mark.parametrize("rows", [gpu.HALF, gpu.ROWS])
 @pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
-def test_the_mosaic_kernel_equals_a_loop_over_groups_in_the_interpreter(sizes):
+def test_the_mosaic_kernel_equals_a_loop_over_groups_in_the_interpreter(sizes, rows, monkeypatch):
     # Not shown here but by the gpu tests: two views of the same bytes, TMA past an edge.
     interpret = plgpu.InterpretGPUParams()
-    (x, w, sizes, g), exact = draw_half(sizes, D=128, F=64)
+    monkeypatch.setattr(gpu, "tile_rows", lambda n_rows, groups: rows)
+    (x, w, sizes, g), exact = draw_half(sizes, D=128, F=64 if rows == gpu.ROWS else 128)
     out, pull = jax.vjp(lambda x, w: gpu.grouped_matmul(x, w, sizes, interpret=interpret), x, w)
     assert_rounded_once((out, *pull(g)), exact)
+
+
+@pytest.mark.parametrize("M, I, O", [(1, 1024, 192), (72, 512, 256)])
+def test_few_rows_and_one_matrix_are_a_product_in_the_interpreter(M, I, O):
+    (x, w, *_), (exact, *_) = draw_half([M], I, O, R=M)
+    ours = gpu.few_rows(x, w[0], interpret=plgpu.InterpretGPUParams())
+    assert_rounded_once([ours], [exact])
 
 
 @pytest.mark.parametrize("name", ["whole steps", "air gate", "air down"])
@@ -212,6 +224,23 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_at_model_widths(D, F, E):
     for ours, right in zip((out, dx, dw), exact, strict=True):
         error = np.linalg.norm(np.asarray(ours, np.float64) - right)
         assert error / np.linalg.norm(right) < 2**-8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [8, 512])
+def test_decoding_rows_equal_a_loop_over_groups_at_model_widths(R):
+    rng = np.random.default_rng(R)
+    (x, w, sizes, g), exact = draw_half(rng.multinomial(R, [1 / 32] * 32), 1408, 512, R=R)
+    out, (dx, dw) = both_ways(x, w, sizes, g, "mosaic")
+    assert_rounded_once((out, dx, dw), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M, I, O", [(1, 4096, 1024), (64, 1408, 4096), (130, 1024, 192)])
+def test_few_rows_and_one_matrix_are_a_product_on_a_gpu(M, I, O):
+    (x, w, *_), (exact, *_) = draw_half([M], I, O, R=M)
+    error = np.linalg.norm(np.asarray(gpu.few_rows(x, w[0]), np.float64) - exact)
+    assert error / np.linalg.norm(exact) < 2**-8
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """An engine of integers under the driver: the next token is a function of all tokens that the pages
-of its row hold, so a lost, doubled, crossed or stale page gives another answer.
+of its row hold, so a lost, doubled, crossed or stale page gives another answer. With `draft` a step
+draws one token or more, and leaves rubbish where drafts that were wrong would lie.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ class Arithmetic:
     max_tokens: int = 40
     chunk: int = 8
     vocab: int = 97
+    draft: int = 0
 
     def init(self):
         zeros = [np.zeros(self.slots, np.int64) for _ in range(4)]
@@ -57,17 +59,33 @@ class Arithmetic:
         return state, Step(drawn(token_1, params))
 
     def decode(self, params, state, table_BP, active_B):
-        for b in np.flatnonzero(active_B):
-            at = state.length_B[b]
+        held_B = (table_BP >= 0).sum(axis=1) * self.page - state.length_B
+        assert (held_B[active_B] > 0).all()
+        # How many drafts are right is chance, but the same however the row came here.
+        right_B = (state.length_B * 7 + state.seed_B + state.token_B) % (self.draft + 1)
+        count_B = np.minimum(1 + right_B, held_B)
+        drawn_TB = []
+        for t in range(self.draft + 1):
+            goes_on_B = active_B & (t < count_B)
+            self.write(state, table_BP, goes_on_B, state.token_B)
+            state.length_B += goes_on_B
+            total_B = weighted(self.read(state, table_BP), state.length_B)
+            token_B = next_token(total_B, state.seed_B, state.index_B, self.vocab)
+            state.token_B = np.where(goes_on_B, token_B, state.token_B)
+            state.index_B += goes_on_B
+            drawn_TB.append(token_B)
+        for t in range(self.draft):  # wrong drafts, where the row has a place for them
+            self.write(state, table_BP, active_B & (t < held_B - count_B), 10**6 + 0 * token_B, t)
+        if not self.draft:
+            return state, Step(drawn(drawn_TB[0], params))
+        return state, Step(drawn(np.stack(drawn_TB, axis=1), params), count_B=count_B)
+
+    def write(self, state, table_BP, rows_B, token_B, ahead=0):
+        for b in np.flatnonzero(rows_B):
+            at = state.length_B[b] + ahead
             page = table_BP[b, at // self.page]
             assert page >= 0
-            state.page_PS[page, at % self.page] = state.token_B[b]
-        state.length_B += active_B
-        total_B = weighted(self.read(state, table_BP), state.length_B)
-        token_B = next_token(total_B, state.seed_B, state.index_B, self.vocab)
-        state.token_B = np.where(active_B, token_B, state.token_B)
-        state.index_B += active_B
-        return state, Step(drawn(token_B, params))
+            state.page_PS[page, at % self.page] = token_B[b]
 
     @property
     def row_pages(self):
@@ -89,7 +107,7 @@ def next_token(total_B, seed_B, index_B, vocab):
 
 def drawn(token_B, version):
     logp_B = -token_B.astype(np.float32) / 100
-    return Draw(token_B, logp_B, np.full(len(token_B), -version, np.float32))
+    return Draw(token_B, logp_B, np.full(token_B.shape, -version, np.float32))
 
 
 def answer(prompt, sampling, vocab):

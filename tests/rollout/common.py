@@ -8,7 +8,9 @@ import numpy as np
 
 from glm45_jax import params as params_lib
 from glm45_jax.model import config, transformer
+from glm45_jax.rollout.driver import Driver
 from glm45_jax.rollout.engine import chosen
+from glm45_jax.rollout.sampling import Sampling
 
 MIXERS = {
     "gqa": config.tiny().mixer,
@@ -63,3 +65,33 @@ def check(model, request):
     np.testing.assert_allclose(done.logp_T, warm_T, **CLOSE)
     np.testing.assert_allclose(done.logp_raw_T, raw_T, **CLOSE)
     np.testing.assert_array_equal(done.routes_TLA, routes_TLA)
+
+
+def mixed(seed, n, least=1):
+    """Requests of every length, temperature and truncation, of at least so many tokens."""
+    rng = np.random.default_rng(seed)
+    asks = [
+        Sampling(
+            temperature=(0.0, 0.6, 1.0, 1.7)[i % 4],
+            top_p=(1.0, 0.8)[i % 2],
+            top_k=(0, 20, 0)[i % 3],
+            min_p=(0.0, 0.0, 0.02)[i % 3],
+            max_tokens=int(rng.integers(least, 13)),
+            seed=int(rng.integers(2**32)),
+        )
+        for i in range(n)
+    ]
+    return list(zip(random_prompts(seed, rng.integers(1, 20, n)), asks, strict=True))
+
+
+def serve(engine, params, asked, *, together=True, **options):
+    driver = Driver(engine, params, **options)
+    requests = []
+    for tokens, sampling in asked:
+        requests.append(driver.submit(tokens, sampling))
+        if not together:
+            driver.run()
+    driver.run()
+    stats = driver.stats
+    assert (stats.free_slots, stats.free_pages) == (engine.slots, engine.pages)
+    return requests, stats

@@ -1,5 +1,5 @@
-"""The driver over an engine of integers: nothing is lost, doubled, crossed or leaked, whoever
-cancels, expires, fails or pushes weights, and whenever.
+"""The driver over an engine of integers, one thing at a time: what is refused, cancelled, late,
+preempted, paused, pushed, asked from other threads.
 """
 
 import asyncio
@@ -9,127 +9,17 @@ import random
 import sys
 import threading
 import time
+import typing
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from glm45_jax.rollout.driver import Driver
 from glm45_jax.rollout.sampling import Sampling
+from glm45_jax.rollout.types import Finish
 from tests.rollout.arithmetic import Arithmetic, answer
-
-FINISHES = ("stop", "length", "cancelled", "deadline", "error")
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def make(slots=2, pages=20, version=0, **options):
-    clock = Clock()
-    engine = Arithmetic(slots, pages)
-    return Driver(engine, version, version=version, clock=clock, **options), engine, clock
-
-
-def idle(driver, engine):
-    """Whether every slot and page is free and nothing waits."""
-    s = driver.stats
-    free = (s.free_slots, s.free_pages) == (engine.slots, engine.pages)
-    return free and not driver.busy and s.waiting == s.running == 0
-
-
-def random_group(rng):
-    """Prompts and knobs of one group; a few are impossible."""
-    kind = rng.random()
-    length = 41 if kind < 0.005 else 0 if kind < 0.01 else rng.randint(1, 20)
-    prompt = [rng.randrange(96) for _ in range(length)]
-    if kind > 0.985 and prompt:
-        prompt[-1] = 96  # breaks the device
-    stop = tuple(rng.sample(range(96), 5)) if rng.random() < 0.5 else ()
-    size = rng.choice((1, 1, 2, 4))
-    return [
-        (prompt, Sampling(max_tokens=rng.randint(1, 20), stop=stop, seed=rng.randrange(1000)))
-        for _ in range(size)
-    ]
-
-
-class Storm:
-    """Random requests, cancels, deadlines, pushes, pauses and flushes, and what came of them."""
-
-    def __init__(self, slots, requests, seed):
-        self.rng = random.Random(seed)
-        pages = max(10, 4 * slots)  # less than the rows could fill: some are preempted
-        self.driver, self.engine, self.clock = make(slots, pages, prefill_tokens=8 * slots)
-        self.left, self.version = requests, 0
-        self.requests, self.completions = [], []
-
-    def submit(self):
-        for tokens, sampling in random_group(self.rng)[: self.left]:
-            done = []
-            soon = self.rng.choice((5.0, 40.0)) if self.rng.random() < 0.1 else None
-            request = self.driver.submit(tokens, sampling, deadline=soon, on_done=done.append)
-            self.requests.append(request)
-            self.completions.append(done)
-            self.left -= 1
-
-    def disturb(self):
-        rng, driver = self.rng, self.driver
-        if rng.random() < 0.15 and self.requests:
-            driver.cancel(rng.choice(self.requests[-100:]))
-        if rng.random() < 0.02:
-            self.version += rng.randint(1, 3)
-            driver.push(self.version, self.version)
-        if rng.random() < 0.005:
-            driver.flush()
-        if rng.random() < 0.01:
-            driver.pause(drain=rng.random() < 0.5)
-        elif rng.random() < 0.3:
-            driver.resume()
-
-    def run(self):
-        while self.left or self.driver.busy:
-            if self.left and self.driver.stats.waiting < 50:
-                self.submit()
-            self.disturb()
-            self.driver.tick()
-            self.clock.now += 1
-        return self.driver.stats
-
-
-@pytest.mark.parametrize(("slots", "requests"), [(1, 1000), (2, 1000), (7, 3000), (64, 5000)])
-def test_of_ten_thousand_disturbed_requests_none_is_lost_doubled_crossed_or_leaked(slots, requests):
-    storm = Storm(slots, requests, seed=slots)
-    stats = storm.run()
-    assert idle(storm.driver, storm.engine)
-    assert stats.submitted == requests == sum(getattr(stats, f) for f in FINISHES)
-    assert min(getattr(stats, f) for f in FINISHES) > 0
-    assert min(stats.preempted, stats.pushes, stats.failures, stats.shared_tokens) > 0
-    assert stats.output_tokens == sum(len(r.out) for r in storm.requests)
-    for request, done in zip(storm.requests, storm.completions, strict=True):
-        assert done == [request.completion]
-        check(request, storm.engine)
-
-
-def check(request, engine):
-    """The tokens are those of an undisturbed run, or its beginning; versions rise and are those
-    that drew.
-    """
-    done = request.completion
-    out = done.tokens_T.tolist()
-    if request.prompt and len(request.prompt) < engine.max_tokens and 96 not in request.prompt:
-        want, finish = answer(request.prompt, request.sampling, engine.vocab)
-        assert out == want[: len(out)]
-        if done.finish in ("stop", "length"):
-            assert (out, done.finish) == (want, finish)
-        else:
-            assert done.finish in ("cancelled", "deadline") and len(out) < len(want)
-    else:
-        assert done.finish in ("error", "cancelled", "deadline") and not out
-    assert bool(done.error) == (done.finish == "error")
-    assert list(done.versions) == sorted(done.versions) == (-done.logp_raw_T).tolist()
-    np.testing.assert_array_equal(done.logp_T, -done.tokens_T.astype(np.float32) / 100)
+from tests.rollout.integers import check, idle, make
 
 
 def test_a_failure_of_the_device_ends_its_request_and_the_others_go_on_as_if_nothing_was():
@@ -477,3 +367,40 @@ def test_stats_are_a_copy():
     driver.submit([1], Sampling(max_tokens=1))
     driver.run()
     assert before["submitted"] == 0 and driver.stats.submitted == 1
+
+
+def test_metrics_are_prometheus_text_with_every_count_page_and_time():
+    driver, engine, clock = make(slots=1)
+    for i in range(3):
+        driver.submit([i] * 5, Sampling(max_tokens=4))
+    while driver.tick():
+        clock.now += 1  # every step takes a second
+    driver.push(7, 7)
+    last = driver.submit([9] * 6, Sampling(max_tokens=4))
+    driver.tick()
+    families = {f.name: f for f in text_string_to_metric_families(driver.metrics())}
+    samples = {(s.name, *s.labels.values()): s.value for f in families.values() for s in f.samples}
+    name, stats = "glm45_rollout_", driver.stats
+    for field, value in dataclasses.asdict(stats).items():
+        kinds = {"gauge": (name + field,), "counter": (f"{name}{field}_total",)}
+        if field in typing.get_args(Finish):
+            kinds = {"counter": (f"{name}finished_total", field)}
+        (kind, key), *_ = [pair for pair in kinds.items() if pair[1] in samples]
+        assert samples[key] == value
+        assert families[key[0].removesuffix("_total")].type == kind
+    assert samples[f"{name}pages", "7"] == engine.pages - stats.free_pages + stats.kept_pages == 2
+    # The second waited 3 steps, the third 6; each drew two tokens in its first step.
+    for field, values in {
+        "queue_seconds": [0, 3, 6, 0],
+        "first_token_seconds": [0, 3, 6, 0],
+        "token_seconds": [2 / 3] * 3,
+        "output_length": [4] * 3,
+    }.items():
+        assert families[name + field].type == "histogram"
+        assert samples[f"{name}{field}_count",] == len(values)
+        np.testing.assert_allclose(samples[f"{name}{field}_sum",], sum(values))
+        for bound in [s.labels["le"] for s in families[name + field].samples if s.labels]:
+            below = sum(value <= float(bound) for value in values)
+            assert samples[f"{name}{field}_bucket", bound] == below
+    driver.cancel(last)
+    assert 'pages{version="7"} 1' in driver.metrics()

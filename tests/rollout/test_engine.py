@@ -13,7 +13,17 @@ from glm45_jax.rollout import engine as engine_lib
 from glm45_jax.rollout.driver import Driver
 from glm45_jax.rollout.engine import GlmEngine
 from glm45_jax.rollout.sampling import Sampling, generate
-from tests.rollout.common import CLOSE, MIXERS, check, random_prompts, reference, weights
+from tests.rollout.common import (
+    CLOSE,
+    MIXERS,
+    check,
+    forward,
+    mixed,
+    random_prompts,
+    reference,
+    serve,
+    weights,
+)
 
 
 @pytest.mark.parametrize("chunks", [(8, 8, 7), (4, 4, 4, 4, 4, 3), (1,) * 23, (3, 8, 1, 8, 3)])
@@ -27,47 +37,17 @@ def test_every_bucket_and_chunk_size_gives_the_log_probs_of_one_forward_pass(tin
         at += n
     slot = len(chunks) % engine.slots
     state, step = engine.insert(state, last, slot=slot, length=at, index=0, sampling=asked)
-    draws = [[np.asarray(x)[0] for x in dataclasses.astuple(step.draw)]]
+    draws = [[np.asarray(x)[0] for x in jax.tree.leaves(step.draw)]]
     table_BP = np.full((engine.slots, 8), -1, np.int32)
     table_BP[slot] = pages
     active_B = np.arange(engine.slots) == slot
     for _ in range(8):
         state, step = engine.decode(params, state, table_BP, active_B)
-        draws.append([x[slot] for x in dataclasses.astuple(step.draw)])
+        draws.append([x[slot] for x in jax.tree.leaves(step.draw)])
     out, logp_T, raw_T = (np.asarray(x) for x in zip(*draws, strict=True))
     want_T, want_raw_T, _ = reference(tiny, prompt, out.tolist(), 0.7)
     np.testing.assert_allclose(logp_T, want_T, **CLOSE)
     np.testing.assert_allclose(raw_T, want_raw_T, **CLOSE)
-
-
-def mixed(seed, n, least=1):
-    """Requests of every length, temperature and truncation, of at least so many tokens."""
-    rng = np.random.default_rng(seed)
-    asks = [
-        Sampling(
-            temperature=(0.0, 0.6, 1.0, 1.7)[i % 4],
-            top_p=(1.0, 0.8)[i % 2],
-            top_k=(0, 20, 0)[i % 3],
-            min_p=(0.0, 0.0, 0.02)[i % 3],
-            max_tokens=int(rng.integers(least, 13)),
-            seed=int(rng.integers(2**32)),
-        )
-        for i in range(n)
-    ]
-    return list(zip(random_prompts(seed, rng.integers(1, 20, n)), asks, strict=True))
-
-
-def serve(engine, params, asked, *, together=True, **options):
-    driver = Driver(engine, params, **options)
-    requests = []
-    for tokens, sampling in asked:
-        requests.append(driver.submit(tokens, sampling))
-        if not together:
-            driver.run()
-    driver.run()
-    stats = driver.stats
-    assert (stats.free_slots, stats.free_pages) == (engine.slots, engine.pages)
-    return requests, stats
 
 
 def test_rows_that_join_leave_and_are_cancelled_have_the_log_probs_and_routes_of_one_forward(
@@ -118,6 +98,28 @@ def test_greedy_tokens_are_those_of_generate_up_to_the_stop_id(tiny, engine):
         check(tiny, request)
 
 
+def test_the_likeliest_tokens_come_with_each_draw_as_the_forward_pass_ranks_them(tiny, engine):
+    top = dataclasses.replace(engine, top_logprobs=5)
+    asked = mixed(12, 6, least=3)
+    plain, _ = serve(engine, tiny[1], asked)
+    requests, _ = serve(top, tiny[1], asked)
+    assert [r.out for r in requests] == [r.out for r in plain]
+    assert plain[0].completion.top_ids_TK is plain[0].piece(0).top_logp_TK is None
+    for request in requests:
+        done, n = request.completion, len(request.out)
+        logits_TV, _ = forward(tiny, request.prompt + request.out)
+        raw_TV = np.asarray(jax.nn.log_softmax(logits_TV[len(request.prompt) - 1 : -1]))
+        want_TK = -np.sort(-raw_TV, axis=-1)[:, :5]
+        assert done.top_ids_TK.shape == done.top_logp_TK.shape == (n, 5)
+        assert (done.top_ids_TK.dtype, done.top_logp_TK.dtype) == (np.int32, np.float32)
+        np.testing.assert_allclose(done.top_logp_TK, want_TK, **CLOSE)
+        at_TK = np.take_along_axis(raw_TV, done.top_ids_TK, axis=-1)
+        np.testing.assert_allclose(done.top_logp_TK, at_TK, **CLOSE)
+        piece = request.piece(n - 1)
+        np.testing.assert_array_equal(piece.top_ids_TK, done.top_ids_TK[-1:])
+        np.testing.assert_array_equal(piece.top_logp_TK, done.top_logp_TK[-1:])
+
+
 def test_samples_of_a_group_share_the_pages_of_their_prompt_and_nothing_else(tiny, engine):
     (prompt,) = random_prompts(8, [14])
     asked = [(prompt, Sampling(max_tokens=5 + i, seed=i)) for i in range(5)]
@@ -161,18 +163,24 @@ def test_it_compiles_no_more_than_buckets_and_spans_whatever_it_served_before(ti
         engine_lib.insert: 1,
         engine_lib.decode: spans,
     }
+    kinds = 2 * len(MIXERS)  # with and without top log-probs
     for function, limit in limits.items():  # all other tests of this file are in the count
-        assert function._cache_size() <= limit * len(MIXERS)
+        assert function._cache_size() <= limit * kinds
 
 
-def test_logits_that_are_not_finite_fail_the_request_and_name_the_weights(tiny, engine):
+def test_logits_that_are_not_finite_fail_the_request_and_leave_nothing_in_the_pages(tiny, engine):
     _, params = tiny
-    broken = params.replace(head_DV=params.head_DV * jnp.nan)
-    driver = Driver(engine, broken, version=3)
-    request = driver.submit([1, 2, 3], Sampling(max_tokens=3))
-    driver.run()
-    assert request.completion.finish == "error"
-    assert "weights of version 3" in request.completion.error
+    driver = Driver(engine, params.replace(embed_VD=params.embed_VD * jnp.nan), version=3)
+    asked = [(p, Sampling(max_tokens=12, seed=2)) for p in random_prompts(13, [20, 3, 17])]
+    for request in [driver.submit(*ask) for ask in asked]:
+        driver.run()
+        assert request.completion.finish == "error"
+        assert "weights of version 3" in request.completion.error
+    driver.push(params, 4)
+    for request in [driver.submit(*ask) for ask in asked]:
+        driver.run()
+        assert request.completion.finish == "length"
+        check(tiny, request)
     assert driver.stats.free_pages == engine.pages
 
 
@@ -184,6 +192,8 @@ def test_logits_that_are_not_finite_fail_the_request_and_name_the_weights(tiny, 
         (dict(spans=(0, 4)), "do not rise"),
         (dict(buckets=()), "buckets are empty"),
         (dict(slots=0), "must be positive"),
+        (dict(top_logprobs=257), "257 is not a count of tokens up to the vocabulary's 256"),
+        (dict(top_logprobs=-1), "top_logprobs -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_at_the_door(engine, change, message):

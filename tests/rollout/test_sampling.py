@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm45_jax.rollout.sampling import Sampling, generate, knobs, sample
+from glm45_jax.rollout.sampling import Sampling, generate, knobs, sample, sample_each
 from tests.rollout.common import forward
 
 N = 20_000  # draws: four standard errors of a share are below 0.015
@@ -111,6 +111,23 @@ def test_a_draw_depends_on_its_seed_and_index_alone():
         alone = sample(logits_BV[i : i + 1], knobs(asks[i : i + 1]), index_B[i : i + 1])
         assert alone.token_B[0] == together.token_B[i]
         np.testing.assert_allclose(alone.logp_B[0], together.logp_B[i], atol=1e-6)
+
+
+def test_draws_in_a_row_are_those_of_one_token_after_another_and_so_are_the_likeliest():
+    rng = np.random.default_rng(1)
+    asks = [Sampling(temperature=t, top_k=k, seed=i) for i, (t, k) in enumerate([(1, 0), (0, 5)])]
+    logits_BTV = jnp.asarray(rng.normal(size=(2, 3, 50)) * 3, jnp.float32)
+    index_B = jnp.asarray([7, 0], jnp.int32)
+    row = sample_each(logits_BTV, knobs(asks), index_B, top=4)
+    for t in range(3):
+        one = sample(logits_BTV[:, t], knobs(asks), index_B + t, top=4)
+        for together, alone in zip(jax.tree.leaves(row), jax.tree.leaves(one), strict=True):
+            np.testing.assert_allclose(together[:, t], alone, atol=1e-6)
+    logp_BTV = np.asarray(jax.nn.log_softmax(logits_BTV, axis=-1))
+    best_BTK = np.argsort(-logp_BTV, axis=-1)[:, :, :4]
+    np.testing.assert_array_equal(row.top_ids_BK, best_BTK)
+    want_BTK = np.take_along_axis(logp_BTV, best_BTK, axis=-1)  # at temperature 1, nothing cut
+    np.testing.assert_allclose(row.top_logp_BK, want_BTK, atol=1e-6)
 
 
 def test_other_seeds_and_other_indices_are_other_draws():

@@ -1,0 +1,305 @@
+"""Products of FP8 rows and FP8 matrices with block scales in Pallas Mosaic GPU for Hopper: dense
+and grouped by expert. Letters: M R rows, I inputs, O outputs, E experts; P Q blocks of outputs and
+inputs; S splits of the inputs.
+
+Persistent CTAs of two consumer warpgroups and one producer, as in grouped_matmul_gpu.py. Tensor
+cores sum one block of 128 inputs; its sum enters the float32 total times both scales. Few rows, as
+in decoding, make tiles of 64 rows whose columns the consumers share: the weights stream past. Where
+they are too few columns to keep all CTAs loading, CTAs share the inputs and XLA sums their parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from glm45_jax.kernels import fp8
+from glm45_jax.kernels.fp8 import Fp8
+from glm45_jax.kernels.row_tiles_gpu import (
+    CTAS,
+    HALF,
+    PRODUCER,
+    ROWS,
+    Grid,
+    Place,
+    Ring,
+    Tiles,
+    lay_bands,
+    lay_tiles,
+    load_rows,
+    store_rows,
+    tile_rows,
+    tiling,
+    two_views,
+    views,
+)
+
+STEP = 128  # of the inputs: one atom of shared memory, one block of scales
+COLUMNS = 128  # of a tile: one block of scales
+BAND = 2048  # rows of a dense product that meet all columns before the next: they stay in L2
+SPARE = 32  # scales of a step beyond its rows: TMA starts at every fourth number alone (H100)
+E4M3 = jnp.float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one product is cut. rows: of a tile, 64 or 128. stages: steps loaded ahead. splits: parts
+    of the inputs, each of which leaves float32 sums of its own.
+    """
+
+    rows: int = HALF
+    stages: int = 8
+    splits: int = 1
+
+
+def plan_for(rows: int, splits: int = 1) -> Plan:
+    """24 KB a stage with 64 rows, 32 with 128, and the scales; 210 KB fit beside the output."""
+    return Plan(rows, 8 if rows == HALF else 6, splits)
+
+
+def dense_plan(n_rows: int, inputs: int, columns: Sequence[int]) -> Plan:
+    """Of matrices of so many columns each: as many splits as give every CTA a tile, of four steps
+    at least.
+    """
+    rows = HALF if n_rows <= HALF else ROWS
+    n_tiles = pl.cdiv(n_rows, rows) * sum(pl.cdiv(c, COLUMNS) for c in columns)
+    return plan_for(rows, max(1, min(CTAS // n_tiles, pl.cdiv(inputs, STEP) // 4)))
+
+
+def refuses(x_RI: jax.Array, w: Fp8) -> str | None:
+    """Why the kernels cannot run on these shapes and dtypes anywhere, or None."""
+    if x_RI.dtype != jnp.bfloat16:
+        return f"rows are {x_RI.dtype}, must be bfloat16"
+    O = w.values_OI.shape[-2]
+    if O % HALF or O < COLUMNS:
+        return f"there are {O} outputs, which must be a multiple of {HALF} from {COLUMNS} on"
+    if not x_RI.shape[0]:
+        return "there are no rows"
+    return None
+
+
+def matmul(
+    x_MI: jax.Array, *ws: Fp8, plan: Plan | None = None, interpret: Any = None
+) -> tuple[jax.Array, ...]:
+    """y[M, O] in bfloat16 of each weight, as `kernels.fp8_matmul.fp8_matmul`, in one launch."""
+    M, I = x_MI.shape
+    plan = plan or dense_plan(M, I, [w.values_OI.shape[0] for w in ws])
+    tiles = lay_bands(M, band=BAND, rows=plan.rows)
+    ys = _product(x_MI, [jax.tree.map(lambda a: a[None], w) for w in ws], tiles, plan, interpret)
+    return tuple(y.sum(axis=0).astype(x_MI.dtype) if y.ndim == 3 else y for y in ys)
+
+
+def grouped_matmul(
+    x_RI: jax.Array,
+    w: Fp8,
+    rows_E: jax.Array,
+    *,
+    plan: Plan | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """y[R, O] in bfloat16, as `kernels.fp8_matmul.grouped_matmul_fp8`."""
+    R, E = x_RI.shape[0], rows_E.shape[0]
+    plan = plan or plan_for(tile_rows(R, E))
+    return _product(x_RI, [w], lay_tiles(rows_E, n_rows=R, rows=plan.rows), plan, interpret)[0]
+
+
+def _product(
+    x_RI: jax.Array, ws: Sequence[Fp8], tiles: Tiles, plan: Plan, interpret: Any
+) -> tuple[jax.Array, ...]:
+    q_RI, scale_RQ = fp8.quantize_rows(x_RI)
+    # Transposed, so that a step's scales are neighbours; TMA wants rows of whole 16 bytes.
+    scale_QR = jnp.pad(scale_RQ.T, ((0, 0), (0, -x_RI.shape[0] % 4)))
+    return rows_by_fp8(q_RI, scale_QR, ws, tiles, plan, interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """Tiles of columns of several matrices, one after another. starts: the first tile of each and
+    the number of all.
+    """
+
+    starts: tuple[int, ...]
+
+    def local(self, tile: Any) -> Any:
+        """Its number within its matrix."""
+        start = jnp.int32(0)
+        for s in self.starts[1:-1]:
+            start = jnp.where(tile >= s, jnp.int32(s), start)
+        return tile - start
+
+    def each(self, tile: Any, do: Any) -> None:
+        """do(i) for the matrix i of the tile."""
+        if len(self.starts) == 2:
+            do(0)
+            return
+        for i, (low, high) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+
+            @pl.when((tile >= low) & (tile < high))
+            def _(i=i):
+                do(i)
+
+    def scale(self, refs: Any, matrix: Any, tile: Any, k: Any) -> Any:
+        """Of the tile's block of outputs and block k of inputs."""
+        found = None
+        for ref, low in zip(refs, self.starts, strict=False):
+            block = jnp.clip(tile - low, 0, ref.shape[1] - 1)
+            here = ref[matrix, block, k]
+            found = here if found is None else jnp.where(tile >= low, here, found)
+        return found
+
+
+def rows_by_fp8(
+    q_RI: jax.Array,
+    scale_QR: jax.Array,
+    ws: Sequence[Fp8],
+    tiles: Tiles,
+    plan: Plan,
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """For each weight [E, O, I]: rows of each group times its matrix, or all of them times the only
+    one. bfloat16 [R, O], or float32 [S, R, O] of a plan with splits.
+
+    scale_QR: of a multiple of four columns. Tiles as in `grouped_matmul_gpu.rows_by_matrix`.
+    """
+    R, E, n = q_RI.shape[0], ws[0].values_OI.shape[0], len(ws)
+    groups, halves = tiles.rows_E.shape[0], plan.rows // HALF
+    k_steps = q_RI.shape[1] // STEP
+    k_part = pl.cdiv(k_steps, plan.splits)
+    splits = pl.cdiv(k_steps, k_part)
+    widths = [w.values_OI.shape[1] for w in ws]
+    columns = _Columns((0, *np.cumsum([pl.cdiv(O, COLUMNS) for O in widths]).tolist()))
+    n_tiles = columns.starts[-1] * splits
+    part = COLUMNS // (3 - halves)  # columns of a consumer
+    last, grid = tiles.next_P.shape[0] - 1, Grid(interpret)
+    dtype = jnp.bfloat16 if splits == 1 else jnp.float32
+
+    def body(x, xs, *refs, **mem):
+        w, ws = refs[:n], refs[n : 2 * n]
+        expert_P, start_P, end_P, first_P, next_P = refs[2 * n : 2 * n + 5]
+        y = refs[-1]
+        ring = Ring(plan.stages, mem["full"], mem["empty"])
+        lhs_blocks, lhs_bytes = views(mem["lhs"], interpret)
+        out_blocks, out_bytes = views(mem["out"], interpret)
+        rhs, wg = mem["rhs"], lax.axis_index("wg")
+        mine = grid.tiles(next_P[last] * n_tiles)
+
+        def locate(j):
+            """(first step, steps, place, tile of columns, split)."""
+            t = grid.tile(j)
+            p = lax.div(t, jnp.int32(n_tiles))
+            group, start, end, first = expert_P[p], start_P[p], end_P[p], first_P[p]
+            count, within = next_P[p] - first, t - first * n_tiles
+            row = start + lax.rem(within, count) * plan.rows  # rows fastest: they share the matrix
+            row = jnp.maximum(jnp.minimum(row, end - plan.rows), start)
+            split = lax.rem(lax.div(within, count), jnp.int32(splits))
+            tile = lax.div(within, count * splits)
+            first_k = split * k_part
+            steps = jnp.minimum(jnp.int32(k_part), k_steps - first_k)
+            steps = jnp.where(group == groups, jnp.int32(0), steps)
+            column = pl.multiple_of(tile * COLUMNS, COLUMNS)
+            place = Place(row, column, end - row, None, jnp.minimum(group, E - 1))
+            return first_k, steps, place, tile, split
+
+        @pl.when(wg == PRODUCER)
+        def _():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def tile(j, i):
+                first_k, steps, place, tile, _ = locate(j)
+                column = columns.local(tile) * COLUMNS
+
+                def load(k, i):
+                    slot = ring.claim(i)
+                    full = mem["full"].at[slot]
+                    k = first_k + k
+                    inner = pl.ds(pl.multiple_of(k * STEP, STEP), STEP)
+                    load_rows(x, inner, place, lhs_bytes, slot, halves, full)
+                    scales = xs.at[k, pl.ds(aligned(place.row), plan.rows + SPARE)]
+                    plgpu.copy_gmem_to_smem(scales, mem["scales"].at[slot], full)
+                    for c in range(3 - halves):
+                        these = pl.ds(pl.multiple_of(column + c * part, part), part)
+                        block = rhs.at[slot * (3 - halves) + c]
+
+                        def copy(m, these=these, block=block):
+                            from_ = w[m].at[place.matrix, these, inner]
+                            plgpu.copy_gmem_to_smem(from_, block, full)
+
+                        columns.each(tile, copy)
+                    return i + 1
+
+                return lax.fori_loop(jnp.int32(0), steps, load, i)
+
+            ring.drain(lax.fori_loop(jnp.int32(0), mine, tile, jnp.int32(0)))
+
+        @pl.when(wg != PRODUCER)
+        def _():
+            plgpu.set_max_registers(232, action="increase")
+
+            def tile(j, i):
+                first_k, steps, place, tile, split = locate(j)
+                own = place.lower(wg) if halves == 2 else place.right(wg, part)
+
+                def step(k, total):
+                    # Before the wait, which hides it.
+                    w_scale = columns.scale(ws, place.matrix, tile, first_k + k)
+                    slot = ring.wait(i + k)
+                    a = lhs_blocks.at[slot * halves + (wg if halves == 2 else 0)]
+                    b = rhs.at[slot if halves == 2 else slot * 2 + wg]
+                    first = own.row - aligned(place.row)
+
+                    def product(acc):
+                        plgpu.wgmma(acc, a, b.transpose((1, 0)))
+                        scale_R = plgpu.load(
+                            mem["scales"].at[slot, pl.ds(first, HALF)],
+                            layout=plgpu.Layout.WGMMA.reduce(1),
+                            optimized=False,
+                        )
+                        return acc[...], scale_R * w_scale
+
+                    sums, scale_R = pl.run_scoped(product, plgpu.ACC((HALF, part)))
+                    ring.release(i + k)
+                    return total + sums * lax.broadcast_in_dim(scale_R, (HALF, part), [0])
+
+                total = lax.fori_loop(jnp.int32(0), steps, step, _zeros(part)).astype(dtype)
+                to = own.replace(matrix=split)
+                store_rows(total, to, out_blocks, out_bytes, y, slots=1)
+                return i + steps
+
+            lax.fori_loop(jnp.int32(0), mine, tile, jnp.int32(0))
+            plgpu.wait_smem_to_gmem(0)
+
+    scratch = {
+        "lhs": two_views(halves * plan.stages, E4M3, interpret),
+        "rhs": plgpu.SMEM(((3 - halves) * plan.stages, part, STEP), E4M3, **tiling(8, E4M3)),
+        "scales": plgpu.SMEM((plan.stages, plan.rows + SPARE), jnp.float32),
+        "out": two_views(2, dtype, interpret),
+        "full": plgpu.Barrier(num_arrivals=4, num_barriers=plan.stages),
+        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
+    }
+    table = tiles.expert_P, tiles.start_P, tiles.end_P, tiles.first_P, tiles.next_P
+    # One result for all: with a store for each matrix it compiled for 80 s (jax 0.11.2).
+    width = widths[0] if n == 1 else columns.starts[-1] * COLUMNS
+    out = jax.ShapeDtypeStruct((R, width) if splits == 1 else (splits, R, width), dtype)
+    values, scales = [w.values_OI for w in ws], [w.scales_PQ for w in ws]
+    y = grid.call(body, out, scratch)(q_RI, scale_QR, *values, *scales, *table)
+    firsts = [start * COLUMNS for start in columns.starts]
+    return tuple(y[..., a : a + O] for a, O in zip(firsts, widths, strict=False))
+
+
+def aligned(row: Any) -> Any:
+    """The row at or before it whose scale TMA can start at; elsewhere it is an illegal
+    instruction.
+    """
+    return pl.multiple_of(lax.div(row, jnp.int32(4)) * 4, 4)
+
+
+def _zeros(columns: int) -> Any:
+    return plgpu.layout_cast(jnp.zeros((HALF, columns), jnp.float32), plgpu.Layout.WGMMA)

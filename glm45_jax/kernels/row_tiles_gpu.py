@@ -1,0 +1,278 @@
+"""What products of grouped rows share on Hopper, in Pallas Mosaic GPU: the table of row tiles, the
+ring of loads, the stores of ragged tiles. Type to know: `Tiles`. Letters: R E; P row tiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 128  # of a tile: 64 a consumer
+FEW = 32  # rows a group up to which, in the mean, tiles have half the rows
+BYTES = 128  # of a row in shared memory: one swizzle atom
+HALF = 64  # rows of a tile that one consumer owns, and columns of an output chunk
+SLOTS = 2  # output chunks in flight a consumer
+CTAS = 132  # streaming multiprocessors of an H100
+PRODUCER = 2  # index of the warpgroup that loads; 0 and 1 multiply
+
+
+@struct.dataclass
+class Tiles:
+    """Which rows each row tile holds. One table serves forward, dlhs and drhs of a routing.
+
+    rows_E: as given. end_E: row after each group. expert_P: group of a tile, E for rows past the
+    last group. start_P, end_P: rows of that group. first_P, next_P: its first tile and the one
+    after its last; next_P[-1] is the number of tiles. rows: of a tile, ROWS or HALF.
+    """
+
+    rows_E: jax.Array
+    end_E: jax.Array
+    expert_P: jax.Array
+    start_P: jax.Array
+    end_P: jax.Array
+    first_P: jax.Array
+    next_P: jax.Array
+    rows: int = struct.field(pytree_node=False, default=ROWS)
+
+
+def lay_tiles(rows_E: jax.Array, *, n_rows: int, rows: int = ROWS) -> Tiles:
+    """The table, by comparing and reducing alone: two fused XLA kernels, where a cumulative sum and
+    a binary search are dozens.
+    """
+    E = rows_E.shape[0]
+    P = n_rows // rows + E + 1
+    rows_E = rows_E.astype(jnp.int32)
+    upto_EE = jnp.arange(E)[None, :] <= jnp.arange(E)[:, None]
+    tiles_E = lax.div(rows_E + (rows - 1), rows)
+    end_E = jnp.where(upto_EE, rows_E[None, :], 0).sum(axis=1)
+    next_E = jnp.where(upto_EE, tiles_E[None, :], 0).sum(axis=1)
+    total = next_E[-1] + lax.div(n_rows - end_E[-1] + (rows - 1), rows)
+    done_PE = next_E[None, :] <= jnp.arange(P, dtype=jnp.int32)[:, None]
+    return Tiles(
+        rows_E=rows_E,
+        end_E=end_E,
+        expert_P=done_PE.astype(jnp.int32).sum(axis=1),
+        start_P=jnp.where(done_PE, end_E[None, :], 0).max(axis=1),
+        end_P=jnp.where(done_PE, n_rows, end_E[None, :]).min(axis=1),
+        first_P=jnp.where(done_PE, next_E[None, :], 0).max(axis=1),
+        next_P=jnp.where(done_PE, total, next_E[None, :]).min(axis=1),
+        rows=rows,
+    )
+
+
+def lay_bands(n_rows: int, *, band: int, rows: int) -> Tiles:
+    """The table of a dense product: groups of `band` rows, which all meet one matrix. Constants:
+    nothing to compute on the device.
+    """
+    start_G = np.arange(0, n_rows, band)
+    end_G = np.minimum(start_G + band, n_rows)
+    tiles_G = -(-(end_G - start_G) // rows)
+    group_P = np.repeat(np.arange(len(start_G)), tiles_G)
+    next_G = np.cumsum(tiles_G)
+    first_G = next_G - tiles_G
+    of_tile = (group_P, start_G[group_P], end_G[group_P], first_G[group_P], next_G[group_P])
+    table: list[Any] = [x.astype(np.int32) for x in (end_G - start_G, end_G, *of_tile)]
+    return Tiles(*table, rows)
+
+
+def tile_rows(n_rows: int, groups: int) -> int:
+    """Rows of a tile: few where groups are small, so that no half of it is empty."""
+    return HALF if n_rows <= FEW * groups else ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Stages between the producer and the consumers: step `i` of a CTA lies in slot i % stages."""
+
+    stages: int
+    full: Any
+    empty: Any
+
+    def slot(self, i):
+        """Where step i lies."""
+        return lax.rem(i, jnp.int32(self.stages))
+
+    def claim(self, i):
+        """Producer: waits until both consumers have left the slot of step i."""
+
+        @pl.when(i >= self.stages)
+        def _():
+            plgpu.barrier_wait(self.empty.at[self.slot(i)])
+
+        return self.slot(i)
+
+    def wait(self, i):
+        """Consumer: waits until step i is loaded."""
+        plgpu.barrier_wait(self.full.at[self.slot(i)])
+        return self.slot(i)
+
+    def release(self, i):
+        """Consumer: has read step i."""
+        plgpu.barrier_arrive(self.empty.at[self.slot(i)])
+
+    def drain(self, n):
+        """Producer, after n steps: waits until the last of them have been read."""
+        for back in range(self.stages, 0, -1):
+
+            @pl.when(n >= back)
+            def _(back=back):
+                plgpu.barrier_wait(self.empty.at[self.slot(n - back)])
+
+
+def tiling(rows: int, dtype: Any) -> dict[str, Any]:
+    """Keywords of shared memory in tiles of that many rows by one swizzle atom."""
+    tile: Any = plgpu.TilingTransform  # their base class says that they are abstract
+    swizzle: Any = plgpu.SwizzleTransform
+    return {"transforms": (tile((rows, BYTES // jnp.dtype(dtype).itemsize)), swizzle(BYTES))}
+
+
+def two_views(n: int, dtype: Any, interpret: Any) -> Any:
+    """SMEM of n blocks of 64 rows of 128 bytes, tiled by 8 rows for wgmma, and the same bytes row
+    by row.
+
+    TMA takes any row only of the second: a tiled block wants rows that are multiples of 8. The
+    interpreter knows no shared bytes; it gets one view and needs no more.
+    """
+    width = BYTES // jnp.dtype(dtype).itemsize
+    blocks = plgpu.SMEM((n, HALF, width), dtype, **tiling(8, dtype))
+    if interpret:
+        return blocks
+    return plgpu.RefUnion(blocks, plgpu.SMEM((n * HALF, width), dtype, **tiling(1, dtype)))
+
+
+def views(refs: Any, interpret: Any) -> tuple[Any, Any]:
+    """(blocks, function from block, first row and number of rows to the bytes TMA copies)."""
+    if interpret:
+        return refs, lambda block, row, n: refs.at[block, pl.ds(row, n)]
+    blocks, flat = refs
+    return blocks, lambda block, row, n: flat.at[pl.ds(block * HALF + row, n)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The persistent CTAs: CTA c has tiles c, c + ctas, ..."""
+
+    interpret: Any
+
+    @property
+    def ctas(self) -> int:
+        """How many; two are enough to interpret."""
+        return 2 if self.interpret else CTAS
+
+    def tiles(self, total):
+        """Tiles of this CTA, of `total`."""
+        return lax.div(total - self.tile(0) + (self.ctas - 1), jnp.int32(self.ctas))
+
+    def tile(self, j):
+        """Its j-th."""
+        return lax.axis_index("cta") + j * self.ctas
+
+    def call(self, body: Any, out: jax.ShapeDtypeStruct, scratch: dict[str, Any]) -> Any:
+        """The kernel, to be called with its arrays."""
+        return plgpu.kernel(
+            body,
+            out_type=out,
+            scratch_types=scratch,
+            grid=(self.ctas,),
+            grid_names=("cta",),
+            num_threads=3,
+            thread_name="wg",
+            interpret=self.interpret,
+        )
+
+
+@struct.dataclass
+class Place:
+    """Where a tile goes: first row and column, rows that count, whether they are zeros (None: as
+    computed), the matrix where there are several. A consumer's own part is a place too.
+    """
+
+    row: Any
+    column: Any
+    rows: Any
+    zeros: Any
+    matrix: Any
+
+    def lower(self, wg: Any) -> Place:
+        """The rows of a consumer."""
+        return self.replace(row=self.row + wg * HALF, rows=self.rows - wg * HALF)
+
+    def right(self, wg: Any, columns: int) -> Place:
+        """That many columns, of a consumer."""
+        return self.replace(column=self.column + wg * columns)
+
+
+def store_rows(
+    values: Any, place: Place, blocks: Any, bytes_of: Any, target: Any, slots: int = SLOTS
+) -> None:
+    """Writes a consumer's 64 rows in chunks of 128 bytes, by TMA, `slots` at once; of a short
+    group just its rows.
+    """
+    wg, width = lax.axis_index("wg"), blocks.shape[-1]
+    if target.ndim == 3:
+        target = target.at[place.matrix]
+    valid, row = jnp.clip(place.rows, 0, HALF), place.row
+    for c in range(values.shape[1] // width):
+        block = wg * slots + c % slots
+        columns = pl.ds(pl.multiple_of(place.column + c * width, width), width)
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        blocks[block] = values[:, c * width : (c + 1) * width]
+
+        if place.zeros is not None:
+            # Not by a select of the sums: ptxas then takes them for read while wgmma runs (C7514)
+            # and waits after every step.
+            @pl.when(place.zeros)
+            def _(block=block):
+                blocks[block] = jnp.zeros((HALF, width), values.dtype)
+
+        plgpu.commit_smem()
+
+        @pl.when(valid == HALF)
+        def _(block=block, columns=columns):
+            to = target.at[pl.ds(row, HALF), columns]
+            plgpu.copy_smem_to_gmem(bytes_of(block, 0, HALF), to, commit_group=False)
+
+        @pl.when(valid < HALF)
+        def _(block=block, columns=columns):
+            done = jnp.int32(0)
+            for n in (32, 16, 8, 4, 2, 1):
+                # TMA shapes are static: the set bits of `valid`, largest first.
+                @pl.when((valid & n) != 0)
+                def _(n=n, done=done):
+                    to = target.at[pl.ds(row + done, n), columns]
+                    plgpu.copy_smem_to_gmem(bytes_of(block, done, n), to, commit_group=False)
+
+                done = done + (valid & n)
+
+        plgpu.commit_smem_to_gmem_group()
+
+
+def load_rows(
+    x: Any, inner: Any, place: Place, bytes_of: Any, slot: Any, halves: int, barrier: Any
+) -> None:
+    """Starts the copies of a tile's rows, a block of 64 each, `halves` of them. Of a lone block
+    just the rows that count, up to 8, 16, 32 or 64: what lies in the others is multiplied into rows
+    that are not stored.
+    """
+
+    def copy(block, row, n):
+        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, n), inner], bytes_of(block, 0, n), barrier)
+
+    if halves == 2:
+        for half in range(2):
+            copy(slot * 2 + half, place.row + half * HALF, HALF)
+        return
+    for fewer, n in ((0, 8), (8, 16), (16, 32), (32, HALF)):
+        rows = jnp.clip(place.rows, 1, HALF)
+
+        @pl.when((rows > fewer) & (rows <= n))
+        def _(n=n):
+            copy(slot, place.row, n)

@@ -94,8 +94,11 @@ def grouped_matmul(
     return _product(x_RD, w_EDF, tiles, interpret)
 
 
-def few_rows(x_MI: jax.Array, w_IO: jax.Array, *, interpret: Any = None) -> jax.Array:
-    """y[M, O] of some rows and one matrix, bfloat16; the matrix is read once, as memory gives it.
+def few_rows(
+    x_MI: jax.Array, w_IO: jax.Array, *, dtype: Any = jnp.bfloat16, interpret: Any = None
+) -> jax.Array:
+    """y[M, O] in `dtype` of some rows and one matrix, both bfloat16; the matrix is read once, as
+    memory gives it.
 
     Where it has too few columns to keep all CTAs loading, they share its rows: parts of the
     contracted dimension are groups of their own, float32, and XLA sums them. No gradient.
@@ -111,11 +114,11 @@ def few_rows(x_MI: jax.Array, w_IO: jax.Array, *, interpret: Any = None) -> jax.
         x_RI,
         w_IO.reshape(S, I // S, O),
         lay_bands(S * M, band=M, rows=rows),
-        dtype=x_MI.dtype if S == 1 else jnp.float32,
+        dtype=dtype if S == 1 else jnp.float32,
         plan=plan,
         interpret=interpret,
     )
-    return y_RO if S == 1 else y_RO.reshape(S, M, O).sum(axis=0).astype(x_MI.dtype)
+    return y_RO if S == 1 else y_RO.reshape(S, M, O).sum(axis=0).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

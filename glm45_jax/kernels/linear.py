@@ -18,25 +18,28 @@ from glm45_jax.kernels.fp8_matmul import fp8_matmul, not_hopper, split_by_partit
 FEW = 256  # rows up to which reading the weight is all that counts
 
 
-def linear(spec: str, x: jax.Array, w: Any, *, impl: str = "auto") -> jax.Array:
-    """einsum(spec, x, w) in the dtype of x; of an `Fp8` weight by `fp8_matmul`.
+def linear(spec: str, x: jax.Array, w: Any, *, dtype: Any = None, impl: str = "auto") -> jax.Array:
+    """einsum(spec, x, w) with w in the dtype of x; of an `Fp8` weight by `fp8_matmul`.
 
     spec: its contracted axes are the last of x and the first of w, as those of an `Fp8` are.
-    x: [.., inputs], any float.
+    x: [.., inputs], any float. dtype: of the result, that of x if None.
     """
-    return linears(x, (spec, w), impl=impl)[0]
+    return linears(x, (spec, w), dtype=dtype, impl=impl)[0]
 
 
-def linears(x: jax.Array, *products: tuple[str, Any], impl: str = "auto") -> tuple[jax.Array, ...]:
+def linears(
+    x: jax.Array, *products: tuple[str, Any], dtype: Any = None, impl: str = "auto"
+) -> tuple[jax.Array, ...]:
     """`linear` of each (spec, weight) with the same x. FP8 weights share one launch."""
     if not any(fp8.is_fp8(w) for _, w in products):
-        return tuple(pick("linear", IMPLS, impl, s, x, w)(s, x, w) for s, w in products)
+        return tuple(pick("linear", IMPLS, impl, s, x, w)(s, x, w, dtype) for s, w in products)
     for spec, w in products:
         _check(spec, x, w)
     inputs = products[0][1].inputs
     rows = x.shape[:-inputs]
     ys = fp8_matmul(x.reshape(math.prod(rows), -1), *(w for _, w in products), impl=impl)
     outs = (w.inner[w.inputs :] for _, w in products)
+    ys = ys if dtype is None else tuple(y_MO.astype(dtype) for y_MO in ys)
     return tuple(y_MO.reshape(*rows, *out) for y_MO, out in zip(ys, outs, strict=True))
 
 
@@ -50,29 +53,31 @@ def _check(spec: str, x: jax.Array, w: Any) -> None:
         )
 
 
-def reference(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def reference(spec: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
     """The definition."""
-    return jnp.einsum(spec, x, jnp.asarray(w, x.dtype))
+    return jnp.einsum(spec, x, jnp.asarray(w, x.dtype), preferred_element_type=dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mosaic(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def mosaic(spec: str, x: jax.Array, w: jax.Array, dtype: Any = None) -> jax.Array:
     """Of few rows, the Pallas kernel for Hopper (grouped_matmul_gpu.py): it reads the weight where
-    it lies. XLA's products copy the slice of a stack first.
+    it lies. XLA's products copy the slice of a stack first, and of one row and float32 results the
+    whole weight in float32.
     """
     from glm45_jax.kernels import grouped_matmul_gpu  # Pallas is imported where it is used
 
     x_MI, w_IO = _flat(spec, x, w)
     n = _inputs(spec)
-    return grouped_matmul_gpu.few_rows(x_MI, w_IO).reshape(*x.shape[:-n], *w.shape[n:])
+    y_MO = grouped_matmul_gpu.few_rows(x_MI, w_IO, dtype=dtype or x.dtype)
+    return y_MO.reshape(*x.shape[:-n], *w.shape[n:])
 
 
-def _mosaic_fwd(spec, x, w):
-    return mosaic(spec, x, w), (x, w)
+def _mosaic_fwd(spec, x, w, dtype):
+    return mosaic(spec, x, w, dtype), (x, w)
 
 
-def _mosaic_bwd(spec, saved, g):
-    return jax.vjp(functools.partial(reference, spec), *saved)[1](g)
+def _mosaic_bwd(spec, dtype, saved, g):
+    return jax.vjp(functools.partial(reference, spec, dtype=dtype), *saved)[1](g)
 
 
 mosaic.defvjp(_mosaic_fwd, _mosaic_bwd)

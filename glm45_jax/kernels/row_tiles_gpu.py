@@ -77,10 +77,16 @@ def lay_bands(n_rows: int, *, band: int, rows: int) -> Tiles:
     tiles_G = -(-(end_G - start_G) // rows)
     group_P = np.repeat(np.arange(len(start_G)), tiles_G)
     next_G = np.cumsum(tiles_G)
-    first_G = next_G - tiles_G
-    of_tile = (group_P, start_G[group_P], end_G[group_P], first_G[group_P], next_G[group_P])
-    table: list[Any] = [x.astype(np.int32) for x in (end_G - start_G, end_G, *of_tile)]
-    return Tiles(*table, rows)
+    table: dict[str, Any] = {
+        "rows_E": end_G - start_G,
+        "end_E": end_G,
+        "expert_P": group_P,
+        "start_P": start_G[group_P],
+        "end_P": end_G[group_P],
+        "first_P": (next_G - tiles_G)[group_P],
+        "next_P": next_G[group_P],
+    }
+    return Tiles(**{k: x.astype(np.int32) for k, x in table.items()}, rows=rows)
 
 
 def tile_rows(n_rows: int, groups: int) -> int:

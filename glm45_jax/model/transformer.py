@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from glm45_jax.kernels.linear import linear
 from glm45_jax.model.block import Block, BlockOut, Flow, block_specs, compute_dtype, stack
 from glm45_jax.model.cache import KVCache, init_cache
 from glm45_jax.model.config import ModelConfig
@@ -139,7 +140,7 @@ def logits(params: Params, hidden: Hidden | jax.Array, *, cfg: ModelConfig) -> j
     """
     hidden_BTD = hidden.hidden_BTD if isinstance(hidden, Hidden) else hidden
     head_DV = params.head_DV.astype(compute_dtype(cfg))
-    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    return linear("btd,dv->btv", hidden_BTD, head_DV, dtype=jnp.float32)
 
 
 def embed(params: Params, tokens_BT: jax.Array, cfg: ModelConfig) -> jax.Array:

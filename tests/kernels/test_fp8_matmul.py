@@ -56,8 +56,10 @@ def test_an_array_is_multiplied_by_einsum_itself():
     x, w = draw(2, 3, 40), draw(40, 4, 5, seed=1)
     ours = linear("btd,dnh->btnh", jnp.asarray(x), jnp.asarray(w))
     np.testing.assert_array_equal(ours, jnp.einsum("btd,dnh->btnh", x, w))
-    half = linear("btd,dnh->btnh", jnp.asarray(x, jnp.bfloat16), jnp.asarray(w))
-    assert half.dtype == jnp.bfloat16
+    short = jnp.asarray(x, jnp.bfloat16)
+    assert linear("btd,dnh->btnh", short, jnp.asarray(w)).dtype == jnp.bfloat16
+    for weight in (jnp.asarray(w), fp8.to_fp8(jnp.asarray(w), outputs=2)):
+        assert linear("btd,dnh->btnh", short, weight, dtype=jnp.float32).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -118,6 +118,8 @@ async def run_http(
         await service.drain(GRACE_SECONDS)
         server.should_exit = True
     await task
+    for connection in list(server.server_state.connections):  # of clients that read nothing
+        connection.transport.abort()
 
 
 class _Uvicorn(uvicorn.Server):

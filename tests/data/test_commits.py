@@ -5,6 +5,7 @@ import subprocess
 import pytest
 
 from glm45_jax.data.commits import Commits, parse_commit, split_history
+from tests.data.common import run
 
 HUNK = "@@ -1,3 +1,3 @@ def f():\n one\n-two\n+TWO <|code_prefix|>\f\u2028more\n three\n"
 DIFF = f"diff --git a/x.py b/x.py\nindex 1234567..89abcde 100644\n--- a/x.py\n+++ b/x.py\n{HUNK}"
@@ -24,16 +25,6 @@ Signed-off-by: Some One <some@one.org>
 {DIFF}--{" "}
 2.39.2
 """
-
-
-def run(source):
-    """The documents of a source, and the counts it returns."""
-    docs, walk = [], source.docs()
-    while True:
-        try:
-            docs.append(next(walk))
-        except StopIteration as end:
-            return docs, end.value
 
 
 def test_a_mailed_patch_gives_its_words_and_its_diff():

@@ -14,6 +14,7 @@ from glm45_jax.data.rules import Filtered
 from glm45_jax.data.sources import Doc, PydocTopics, TextFiles
 from glm45_jax.tokenizer import SPECIAL_TOKENS, train_bpe
 from glm45_jax.values import from_json, override, to_json
+from tests.data.common import run
 
 LOOK_ALIKES = st.sampled_from([token.text for token in SPECIAL_TOKENS])
 ANY_TEXT = st.lists(st.text(max_size=20) | LOOK_ALIKES, max_size=8).map("".join)
@@ -175,16 +176,6 @@ def test_what_cannot_be_meant_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"marks are \['PREFIX', 'MIDDLE'\], fim writes"):
         unfim(("", Mark.PREFIX, "a", Mark.MIDDLE, "b"))
     assert tokenizer.encode("<|code_prefix|>") != [tokenizer.id_of("<|code_prefix|>")]
-
-
-def run(source):
-    """The documents of a source, and the counts it returns."""
-    docs, walk = [], source.docs()
-    while True:
-        try:
-            docs.append(next(walk))
-        except StopIteration as end:
-            return docs, end.value
 
 
 def test_a_document_that_is_read_again_is_cut_elsewhere(tokenizer):

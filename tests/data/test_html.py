@@ -8,6 +8,7 @@ import pytest
 
 from glm45_jax.data.html import HtmlFiles, HtmlRules, HtmlText, check_structure, decode, extract
 from glm45_jax.data.sources import Doc, DroppedError, TextFiles
+from tests.data.common import run
 
 PROSE = "A long enough sentence that explains what the thing does, and why it does so."
 CODE = """def halves(n):
@@ -59,16 +60,6 @@ def page(body):
     foot = "<footer>All rights reserved</footer>"
     main = f"<main><h1>Title</h1><p>{PROSE}</p>{body}<p>{PROSE}</p></main>"
     return f"<html><head><title>T</title></head><body>{menu}{main}{foot}</body></html>"
-
-
-def run(source):
-    """The documents of a source, and the counts it returns."""
-    docs, walk = [], source.docs()
-    while True:
-        try:
-            docs.append(next(walk))
-        except StopIteration as end:
-            return docs, end.value
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))

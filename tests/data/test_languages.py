@@ -15,6 +15,7 @@ from glm45_jax.data.languages import (
 from glm45_jax.data.quality import Leveled, Quality, Thresholds
 from glm45_jax.data.scorers import Characters, Explains, Learned, Words
 from glm45_jax.data.sources import Doc, DroppedError, TextFiles
+from tests.data.common import run
 
 ENGLISH = (
     "This chapter explains how the system is installed on a computer. First the disk is divided"
@@ -80,16 +81,6 @@ def judge(code):
     """A classifier of educational utility for a language."""
     features = Characters(bits=14) if code == "zh" else Words(bits=12)
     return Learned((Pages(TEACHES[code], "good"),), (Pages(SELLS[code], "bad"),), features)
-
-
-def run(source):
-    """The documents of a source, and the counts it returns."""
-    docs, walk = [], source.docs()
-    while True:
-        try:
-            docs.append(next(walk))
-        except StopIteration as end:
-            return docs, end.value
 
 
 @pytest.fixture

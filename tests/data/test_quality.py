@@ -34,6 +34,7 @@ from glm45_jax.data.scorers import (
 )
 from glm45_jax.data.sources import Doc, DroppedError, PydocTopics
 from glm45_jax.values import from_json, override, to_json
+from tests.data.common import run
 
 TOPICS = "rivers engines bread stars music glass bees trees law maps clocks wool".split()
 TEACH = (
@@ -115,16 +116,6 @@ TWO = (
 scores = st.lists(
     st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99)), min_size=2, max_size=60, unique=True
 ).filter(lambda rows: all(len(set(column)) > 1 for column in zip(*rows, strict=True)))
-
-
-def run(source):
-    """The documents of a source, and the counts it returns."""
-    docs, walk = [], source.docs()
-    while True:
-        try:
-            docs.append(next(walk))
-        except StopIteration as end:
-            return docs, end.value
 
 
 @pytest.mark.parametrize("features", [Words(bits=12), Characters(bits=14), Explains()], ids=repr)

@@ -15,6 +15,7 @@ from glm45_jax.data.prepare import Data, prepare
 from glm45_jax.data.repositories import Checkouts, Repositories, dependencies, join, order
 from glm45_jax.data.sources import PythonSources
 from glm45_jax.values import from_json, to_json
+from tests.data.common import run
 
 NAMES = [f"{letter}.py" for letter in "abcdefgh"]
 GRAPHS = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(NAMES))).map(
@@ -24,16 +25,6 @@ FILES = st.lists(st.text("ab\n\r\fé漢 ", min_size=1, max_size=90), max_size=12
     lambda texts: [(f"f{at}.py", text) for at, text in enumerate(texts)]
 )
 OPTAX = Repositories(PythonSources(include=("site",), packages=("optax",)))
-
-
-def run(source):
-    """The documents of a source, and the counts it returns."""
-    docs, walk = [], source.docs()
-    while True:
-        try:
-            docs.append(next(walk))
-        except StopIteration as end:
-            return docs, end.value
 
 
 def contents(docs):

@@ -4,6 +4,7 @@ import pytest
 
 from glm45_jax.data.rules import RULES, CodeRules, Filtered, generated_name, why_drop
 from glm45_jax.data.sources import Doc, PythonSources, TextFiles
+from tests.data.common import run
 
 GOOD = "def add(first, second):\n    return first + second\n" * 3
 RULES_OF = {rule.__name__: rule for rule in RULES}
@@ -24,16 +25,6 @@ BAD = {
 
 def doc(text, path="a.py", licence=""):
     return Doc(path, text, "test", {"path": path, "licence": licence})
-
-
-def run(source):
-    """The documents of a source, and the counts it returns."""
-    docs, walk = [], source.docs()
-    while True:
-        try:
-            docs.append(next(walk))
-        except StopIteration as end:
-            return docs, end.value
 
 
 def test_ordinary_code_passes_every_rule():

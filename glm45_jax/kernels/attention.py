@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from glm45_jax import sharding
-from glm45_jax.kernels.dispatch import Implementation, anything, pick
+from glm45_jax.kernels.dispatch import Implementation, anything, not_hopper, pick
 
 NEG = -1e30  # finite, so that a row without keys gives a mean, not NaN
 
@@ -150,11 +150,8 @@ def _mosaic_supports(
     positions_BS=None,
 ) -> str | None:
     """With segments, positions only say the order inside a document, which the index says too."""
-    if jax.default_backend() != "gpu":
-        return "mosaic is for GPU"
-    device = jax.devices()[0]
-    if (chip := getattr(device, "compute_capability", None)) != "9.0":
-        return f"mosaic is written for Hopper (9.0), not {device.device_kind} ({chip})"
+    if why := not_hopper():
+        return why
     dtypes = [str(x.dtype) for x in (q_BTNH, k_BSKH, v_BSKH)]
     if set(dtypes) != {"bfloat16"}:
         return f"mosaic takes bfloat16, not {dtypes}"

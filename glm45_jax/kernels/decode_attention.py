@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from glm45_jax import sharding
 from glm45_jax.kernels import attention
-from glm45_jax.kernels.dispatch import Implementation, anything, pick
+from glm45_jax.kernels.dispatch import Implementation, anything, not_hopper, pick
 
 NEW_TOKENS = 4  # most that decoding has at once: one drawn, three drafted (spec 2.4)
 
@@ -105,11 +105,8 @@ def _mosaic(q_BTNH, k_LPSKH, v_LPSKH, *, layer, table_BP, start_B, skip=0, laten
 def _mosaic_supports(
     q_BTNH, k_LPSKH, v_LPSKH, *, layer, table_BP, start_B, skip=0, latent=False
 ) -> str | None:
-    if jax.default_backend() != "gpu":
-        return "mosaic is for GPU"
-    device = jax.devices()[0]
-    if (chip := getattr(device, "compute_capability", None)) != "9.0":
-        return f"mosaic is written for Hopper (9.0), not {device.device_kind} ({chip})"
+    if why := not_hopper():
+        return why
     return _mosaic_refuses(q_BTNH, k_LPSKH, v_LPSKH, latent)
 
 

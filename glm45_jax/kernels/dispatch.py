@@ -23,6 +23,18 @@ def anything(*_: Any, **__: Any) -> str | None:
     return None
 
 
+def not_hopper() -> str | None:
+    """Why no kernel for Hopper runs on the first device, or None."""
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "none"))
+    if capability == "9.0":
+        return None
+    return (
+        "needs compute capability 9.0; this is "
+        f"{device.platform}, {capability} (mosaic is written for Hopper)"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from glm45_jax import sharding
 from glm45_jax.kernels import fp8, grouped_matmul
-from glm45_jax.kernels.dispatch import Implementation, anything, pick
+from glm45_jax.kernels.dispatch import Implementation, anything, not_hopper, pick
 from glm45_jax.kernels.fp8 import Fp8
 
 
@@ -96,15 +96,6 @@ def _mosaic_supports(x_MI: jax.Array, *ws: Fp8) -> str | None:
 
 def _grouped_mosaic_supports(x_RI: jax.Array, w: Fp8, rows_E: jax.Array) -> str | None:
     return _mosaic_supports(x_RI, w)
-
-
-def not_hopper() -> str | None:
-    """Why no kernel for Hopper runs on the first device, or None."""
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", "none"))
-    if capability == "9.0":
-        return None
-    return f"needs compute capability 9.0; this is {device.platform}, {capability}"
 
 
 def split_by_partitioner(*_: Any) -> str | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from glm45_jax.kernels.dispatch import Implementation, anything, pick
+from glm45_jax.kernels.dispatch import Implementation, anything, not_hopper, pick
 
 
 def grouped_matmul(
@@ -130,10 +130,8 @@ def mosaic(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> jax.Array:
 
 
 def _mosaic_supports(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> str | None:
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", "none"))
-    if capability != "9.0":
-        return f"needs compute capability 9.0; this is {device.platform}, {capability}"
+    if why := not_hopper():
+        return why
     from glm45_jax.kernels import grouped_matmul_gpu
 
     return grouped_matmul_gpu.refuses(x_RD, w_EDF, rows_E)

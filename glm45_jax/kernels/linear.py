@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from glm45_jax.kernels import fp8
-from glm45_jax.kernels.dispatch import Implementation, anything, pick
-from glm45_jax.kernels.fp8_matmul import fp8_matmul, not_hopper, split_by_partitioner
+from glm45_jax.kernels.dispatch import Implementation, anything, not_hopper, pick
+from glm45_jax.kernels.fp8_matmul import fp8_matmul, split_by_partitioner
 
 FEW = 256  # rows up to which reading the weight is all that counts
 

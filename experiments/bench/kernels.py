@@ -86,6 +86,15 @@ def race(
     return found
 
 
+@functools.cache
+def copy_gbs(numbers: int = 2**30) -> float:
+    """GB/s of a copy of so many bfloat16 numbers, 2 GiB, read and written: the best of ten."""
+    shape = (2**14, numbers // 2**14)
+    x = jax.random.normal(jax.random.key(0, impl="rbg"), shape, jnp.bfloat16)
+    found = race({"copy": lambda: of_jax(jnp.negative, x)}, samples=10)
+    return 2 * x.nbytes / found["copy"]["ms_min"] / 1e6
+
+
 def rows(
     op: str,
     shape: str,

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.kernels import Contender, of_jax, race
+from experiments.bench.kernels import Contender, copy_gbs, of_jax, race
 from experiments.bench.results import device_name, merge_result
 from glm45_jax.kernels.decode_attention import decode_attention, reference
 
@@ -215,13 +215,6 @@ def measure(case: Case, ceiling: float) -> list[dict[str, Any]]:
     return table
 
 
-def copy_ceiling() -> float:
-    """GB/s of a copy of 2 GiB, read and written."""
-    x = _normal(jax.random.key(0, impl="rbg"), (2**14, 2**16))
-    found = race({"copy": lambda: of_jax(jnp.negative, x)}, samples=10)
-    return 2 * x.nbytes / found["copy"]["ms_min"] / 1e6
-
-
 CASES = (
     Case(64, 8192),
     Case(64, 8192, fp8=True),
@@ -240,7 +233,7 @@ def tune() -> None:
     """Prints the time of other sizes of the kernel."""
     from glm45_jax.kernels.decode_attention_gpu import Tuning, paged_attention
 
-    ceiling = copy_ceiling()
+    ceiling = copy_gbs()
     sizes: tuple[dict[str, Any], ...] = (
         {},
         {"stages": 3},
@@ -265,7 +258,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try other sizes, write nothing")
     if parser.parse_args().tune:
         return tune()
-    ceiling = copy_ceiling()
+    ceiling = copy_gbs()
     print(f"copy {ceiling:.0f} GB/s", flush=True)
     table: list[dict[str, Any]] = []
     for case in CASES:  # written after each: a run that is cut leaves what it has

@@ -21,6 +21,7 @@ import numpy as np
 
 from experiments.bench.kernels import (
     Contender,
+    copy_gbs,
     matmul_ceiling,
     normal,
     of_jax,
@@ -117,12 +118,9 @@ def scaled_mm(x_MI: Any, w_OI: Any) -> Callable[[], Any]:
     return lambda: product(x8, w8.t(), sx, kinds[0], sw.t(), kinds[1], output_dtype=torch.bfloat16)
 
 
-@functools.cache
-def copy_gbs(tiny: bool) -> float:
-    """GB/s of a copy of 2 GiB, read and written."""
-    n = 2**20 if tiny else 2**30
-    found = race({"copy": lambda: of_jax(jnp.negative, jnp.zeros(n, jnp.bfloat16))}, samples=10)
-    return 4 * n / found["copy"]["ms"] / 1e6
+def ceiling_gbs(tiny: bool) -> float:
+    """GB/s of a copy in this run."""
+    return copy_gbs(2**20) if tiny else copy_gbs()
 
 
 def table(
@@ -230,7 +228,7 @@ def dense_rows(sizes: Sizes, tiny: bool) -> list[dict[str, Any]]:
                 calls=sizes.loops * L,
                 flops=2.0 * M * numbers,
                 weights={n: numbers * (1 if is_fp8(n) else 2) for n in found},
-                ceiling=copy_gbs(tiny),
+                ceiling=ceiling_gbs(tiny),
             )
         del ws, packed
     return rows
@@ -294,7 +292,7 @@ def grouped_rows(sizes: Sizes, tiny: bool) -> list[dict[str, Any]]:
                 calls=2 * sizes.loops,
                 flops=2.0 * R * I * O,
                 weights={n: touched * I * O * (1 if is_fp8(n) else 2) for n in found},
-                ceiling=copy_gbs(tiny),
+                ceiling=ceiling_gbs(tiny),
             )
         del w, packed
     return rows
@@ -337,7 +335,7 @@ def quantise_rows(sizes: Sizes, tiny: bool) -> list[dict[str, Any]]:
         w = normal(0, (2, EXPERTS, I, O), 0.02)
         found = race({"ours fp8": functools.partial(of_jax, fp8.to_fp8, w)}, samples=8)
         nbytes = {"ours fp8": 3 * w.size}
-        more: dict[str, Any] = {"calls": 1, "weights": nbytes, "ceiling": copy_gbs(tiny)}
+        more: dict[str, Any] = {"calls": 1, "weights": nbytes, "ceiling": ceiling_gbs(tiny)}
         rows += table("quantise", f"{name} {list(w.shape)}", found, flops=0.0, **more)
     return rows
 
@@ -360,7 +358,7 @@ def main() -> None:
             "command": f"python -m experiments.bench.kernels_fp8 --only {op}",
             "jax": jax.__version__,
             "torch": torch.__version__ if torch else None,
-            "copy_gbs": round(copy_gbs(args.tiny)),
+            "copy_gbs": round(ceiling_gbs(args.tiny)),
             "seconds": round(time.perf_counter() - began),
             "rows": rows,
         }

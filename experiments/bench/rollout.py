@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench.kernels import copy_gbs
 from experiments.bench.results import device_name, merge_result
 from glm45_jax import params as params_lib
 from glm45_jax.kernels.fp8 import is_fp8
@@ -61,19 +62,8 @@ def weights(cfg: config.ModelConfig) -> transformer.Params:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second of a copy of 2 GiB, read and written: the best of ten times four calls."""
-    n = 2**30 if jax.default_backend() != "cpu" else 2**26
-    x = jnp.zeros(n, jnp.bfloat16)
-    f = jax.jit(jnp.negative)
-    f(x).block_until_ready()
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        out = [f(x) for _ in range(4)]
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / 4)
-        del out
-    return 2 * x.nbytes / min(times)
+    """Bytes a second of a copy, read and written."""
+    return 1e9 * (copy_gbs() if jax.default_backend() != "cpu" else copy_gbs(2**26))
 
 
 def touched(params: transformer.Params, cfg: config.ModelConfig, rows: int) -> float:
@@ -169,7 +159,7 @@ def serve(engine: GlmEngine, params: transformer.Params, load: Load) -> dict[str
         driver.submit(tokens, Sampling(max_tokens=load.out, seed=seed))
     steps, prefill_s, busy, read = [], 0.0, True, 0
     while busy:
-        start, chunks = time.perf_counter(), driver.stats.prefill_chunks
+        chunks, start = driver.stats.prefill_chunks, time.perf_counter()
         busy = driver.tick()
         seconds, stats = time.perf_counter() - start, driver.stats
         if stats.prefill_chunks > chunks:

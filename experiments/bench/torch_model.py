@@ -15,10 +15,10 @@ from glm45_jax.model import config, transformer
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def glm4_moe(params: transformer.Params, cfg: config.ModelConfig) -> Any:
-    """`Glm4MoeForCausalLM` of this shape with these weights, grouped experts, in eval mode."""
+def glm4_config(cfg: config.ModelConfig, **options: Any) -> Any:
+    """The shape of `cfg`, MTP aside, as transformers has it."""
     assert isinstance(cfg.mixer, config.Gqa), cfg.mixer
-    shape = transformers.Glm4MoeConfig(
+    return transformers.Glm4MoeConfig(
         vocab_size=cfg.vocab,
         hidden_size=cfg.d_model,
         intermediate_size=cfg.d_mlp,
@@ -38,12 +38,15 @@ def glm4_moe(params: transformer.Params, cfg: config.ModelConfig) -> Any:
             "rope_theta": cfg.mixer.rope_theta,
             "partial_rotary_factor": cfg.mixer.rotary,
         },
-        pad_token_id=0,
-        eos_token_id=None,
+        **options,
     )
+
+
+def glm4_moe(params: transformer.Params, cfg: config.ModelConfig) -> Any:
+    """`Glm4MoeForCausalLM` of this shape with these weights, grouped experts, in eval mode."""
     with torch.device("cuda"):
         model: Any = transformers.AutoModelForCausalLM.from_config(
-            shape,
+            glm4_config(cfg, pad_token_id=0, eos_token_id=None),
             dtype=DTYPES[cfg.dtype],
             attn_implementation="sdpa",
             experts_implementation="grouped_mm",

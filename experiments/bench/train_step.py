@@ -135,29 +135,15 @@ def torch_peer(case: Case, cfg: config.ModelConfig) -> dict[str, Any]:
     try:
         import torch
         import transformers
+
+        from experiments.bench.torch_model import glm4_config
     except ModuleNotFoundError as error:
         return {"not measured": f"{error.name} is not installed"}
     if not torch.cuda.is_available():
         return {"not measured": "torch sees no GPU"}
     if not isinstance(cfg.mixer, config.Gqa):
         return {"not measured": f"the peer has no {type(cfg.mixer).__name__}"}
-    shape = transformers.Glm4MoeConfig(
-        vocab_size=cfg.vocab,
-        hidden_size=cfg.d_model,
-        intermediate_size=cfg.d_mlp,
-        num_hidden_layers=cfg.n_layers,
-        num_attention_heads=cfg.mixer.heads,
-        num_key_value_heads=cfg.mixer.kv_heads,
-        head_dim=cfg.mixer.head_dim,
-        attention_bias=True,
-        use_qk_norm=True,
-        moe_intermediate_size=cfg.moe.d_expert,
-        n_routed_experts=cfg.moe.experts,
-        num_experts_per_tok=cfg.moe.top_k,
-        first_k_dense_replace=cfg.n_dense,
-        routed_scaling_factor=cfg.moe.scale,
-        use_cache=False,
-    )
+    shape = glm4_config(cfg, use_cache=False)
     results: dict[str, Any] = {
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}"
     }

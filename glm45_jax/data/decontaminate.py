@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glm45_jax.data.dedup import BATCH_CHARS, refuse_encoder
+from glm45_jax.data.dedup import BATCH_CHARS
 from glm45_jax.data.shingles import (
     SHINGLES_FORMAT,
     encoded,
@@ -27,7 +27,7 @@ from glm45_jax.data.shingles import (
     in_batches,
     word_spans,
 )
-from glm45_jax.data.sources import Doc, Source, counted
+from glm45_jax.data.sources import Doc, Source, counted, refuse_encoder
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from glm45_jax.data.shingles import SHINGLES_FORMAT, draws, encoded, in_batches, mix
-from glm45_jax.data.sources import Doc, Encodes, Source, counted
+from glm45_jax.data.sources import Doc, Source, counted, refuse_encoder
 
 log = logging.getLogger(__name__)
 
@@ -330,15 +330,6 @@ def group_counts(instead_N: np.ndarray) -> dict[str, int]:
     """Groups of two documents and more, and the size of the largest group."""
     size_N = np.bincount(instead_N, minlength=1)
     return {"clusters": int((size_N > 1).sum()), "largest_cluster": int(size_N.max())}
-
-
-def refuse_encoder(source: Source) -> None:
-    """Raises ValueError for a source whose own encoding a wrapper would lose."""
-    if isinstance(source, Encodes):
-        raise ValueError(
-            f"{type(source).__name__} encodes its documents, which a wrapper around it would lose; "
-            "put the wrapper inside"
-        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glm45_jax.data.sources import Doc, DroppedError, Encodes, Source, counted, digest_files
+from glm45_jax.data.sources import (
+    Doc,
+    DroppedError,
+    Source,
+    counted,
+    digest_files,
+    refuse_encoder,
+)
 
 HTML_FORMAT = 1  # raise it when the same pages give other texts
 
@@ -174,11 +181,7 @@ class HtmlText:
     rules: HtmlRules = HtmlRules()
 
     def __post_init__(self):
-        if isinstance(self.source, Encodes):
-            raise ValueError(
-                f"{type(self.source).__name__} encodes its documents, which the text of a page "
-                "has not; put HtmlText inside"
-            )
+        refuse_encoder(self.source, "HtmlText")
 
     @property
     def name(self) -> str:

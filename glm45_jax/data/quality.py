@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from glm45_jax.data.scorers import Judge, Scorer
-from glm45_jax.data.sources import Doc, DroppedError, Encodes, Source, counted
+from glm45_jax.data.sources import Doc, DroppedError, Source, counted, refuse_encoder
 
 QUALITY_FORMAT = 1  # raise it when the same fields give other epochs
 
@@ -193,11 +193,7 @@ class Leveled:
     groups: Groups = Everything()
 
     def __post_init__(self):
-        if isinstance(self.source, Encodes):
-            raise ValueError(
-                f"{type(self.source).__name__} encodes its documents, which levels around it would "
-                "lose; put Leveled inside"
-            )
+        refuse_encoder(self.source, "Leveled")
         names = [] if isinstance(self.quality, Quality) else [name for name, _ in self.quality]
         if len(set(names)) != len(names):
             raise ValueError(f"groups are {names}; give each one quality")

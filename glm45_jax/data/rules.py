@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from glm45_jax.data.sources import Doc, Encodes, Source, counted
+from glm45_jax.data.sources import Doc, Source, counted, refuse_encoder
 
 RULES_FORMAT = 1  # raise it when the same thresholds drop other files
 
@@ -110,11 +110,7 @@ class Filtered:
     rules: CodeRules = CodeRules()
 
     def __post_init__(self):
-        if isinstance(self.source, Encodes):
-            raise ValueError(
-                f"{type(self.source).__name__} encodes its documents, which a filter around it "
-                "would lose; put the filter inside"
-            )
+        refuse_encoder(self.source, "the filter")
 
     @property
     def name(self) -> str:

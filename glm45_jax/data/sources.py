@@ -82,6 +82,15 @@ class Encodes(Protocol):
         ...
 
 
+def refuse_encoder(source: Source, wrapper: str = "the wrapper") -> None:
+    """Raises ValueError for a source whose own encoding a wrapper would lose."""
+    if isinstance(source, Encodes):
+        raise ValueError(
+            f"{type(source).__name__} encodes its documents, which a "
+            f"{wrapper.removeprefix('the ')} around it would lose; put {wrapper} inside"
+        )
+
+
 def counted(source: Source, counts: dict[str, int]) -> Iterator[Doc]:
     """The documents of `source`; after the last one `counts` holds what the source returned."""
     docs: Any = source.docs()

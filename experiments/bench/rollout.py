@@ -113,32 +113,41 @@ def engine_of(cfg: config.ModelConfig, slots: int, args: argparse.Namespace, kv8
     )
 
 
-def compile_all(engines: list[GlmEngine], params: transformer.Params) -> None:
-    """None; every prefill and decode of these engines is in the compile cache, made side by side:
-    on a GPU that takes a fraction of the time it takes one after another.
-    """
+def keep_compiled() -> None:
+    """None; what compiles from now on is in JAX's cache on disk, in a new folder if it has none."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
 
-    def one(job: tuple[GlmEngine, int]) -> None:
-        engine, width = job
-        state, i32 = jax.eval_shape(engine.init), jax.ShapeDtypeStruct
-        if width:
-            pages = i32((1, engine.row_pages), jnp.int32)
-            number, tokens = i32((), jnp.int32), i32((1, width), jnp.int32)
-            args = (tokens, number, number, pages)
-            engine_module.prefill.lower(
-                shapes, state, *args, cfg=engine.cfg, routes=False, fresh=True
-            ).compile()
-        else:
-            table = i32((engine.slots, engine.row_pages), jnp.int32)
-            active = i32((engine.slots,), jnp.bool_)
+
+def compile_all(
+    engines: list[GlmEngine], params: transformer.Params, pool: concurrent.futures.Executor
+) -> list[concurrent.futures.Future[Any]]:
+    """What puts every prefill and decode of these engines into the compile cache: they are traced
+    here, one after another (Python does one thing at a time), and compiled side by side, which on a
+    GPU takes a fraction of the time. params: or their shapes.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    i32, found = jax.ShapeDtypeStruct, []
+    for engine in engines:
+        state = jax.eval_shape(engine.init)
+        table = i32((engine.slots, engine.row_pages), jnp.int32)
+        active = i32((engine.slots,), jnp.bool_)
+        lowered = [
             engine_module.decode.lower(
                 shapes, state, table, active, cfg=engine.cfg, routes=False, top=0
-            ).compile()
-
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    jobs = [(engine, width) for engine in engines for width in (0, *engine.buckets)]
-    with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        list(pool.map(one, jobs))
+            )
+        ]
+        pages, number = i32((1, engine.row_pages), jnp.int32), i32((), jnp.int32)
+        for width in engine.buckets:
+            args = (i32((1, width), jnp.int32), number, number, pages)
+            lowered.append(
+                engine_module.prefill.lower(
+                    shapes, state, *args, cfg=engine.cfg, routes=False, fresh=True
+                )
+            )
+        found += [pool.submit(one.compile) for one in lowered]
+    return found
 
 
 def prompts(cfg: config.ModelConfig, count: int, length: int) -> list[list[int]]:
@@ -248,7 +257,8 @@ def save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     said = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in vars(args).items()}
     command = " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in said.items() if v)
     value = {"command": f"python -m experiments.bench.rollout {command}", "rows": rows}
-    merge_result(device_name(), f"rollout_{args.model}", value | {"jax": jax.__version__})
+    key = "_".join(["rollout", args.model, *args.served])
+    merge_result(device_name(), key, value | {"jax": jax.__version__})
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -270,7 +280,9 @@ def measure(args: argparse.Namespace) -> None:
             params = jax.block_until_ready(quantize(params, cfg))
         engines = {n: engine_of(cfg, n, args, served == "fp8+kv8") for n in args.batches}
         began = time.perf_counter()
-        compile_all(list(engines.values()), params)
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            for job in compile_all(list(engines.values()), params, pool):
+                job.result()
         print(f"{served}: compiled in {time.perf_counter() - began:.1f} s", flush=True)
         for load in loads:
             row = base | {"impl": served} | dataclasses.asdict(load)
@@ -307,9 +319,7 @@ def main() -> None:
     parser.add_argument("--uneven", type=int, default=0, help="slots of the uneven load; 0: none")
     parser.add_argument("--peer", action="store_true")
     args = parser.parse_args()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp())
+    keep_compiled()
     measure(args)
 
 

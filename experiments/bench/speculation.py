@@ -9,10 +9,12 @@ which writes the token file where they are.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.results import device_name, merge_result
+from experiments.bench.rollout import compile_all, keep_compiled
+from glm45_jax import params as params_lib
 from glm45_jax.data.types import Batch
 from glm45_jax.model import config, mtp, transformer
 from glm45_jax.optim.muon import Muon
@@ -205,15 +209,38 @@ def compare(
     return row
 
 
-def measure(case: Case, tokens_N: np.ndarray) -> dict[str, Any]:
+def served_shapes(cfg: config.ModelConfig) -> transformer.Params:
+    """What `weights.prepare` gives, without arrays."""
+
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        exact = params_lib.path_name(path).split(".")[-1] in weights.EXACT
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if exact else jnp.dtype(cfg.dtype))
+
+    specs = params_lib.abstract(transformer.specs(cfg))
+    return jax.tree_util.tree_map_with_path(one, specs)
+
+
+def measure(case: Case, tokens_N: np.ndarray, save: Callable[[dict[str, Any]], None]) -> None:
+    """None; `save` gets all that is known so far, again and again. Engines compile beside the
+    training.
+    """
     cut = int(len(tokens_N) * (1 - HELD_OUT))
-    trained, report = train(case, tokens_N[:cut])
+    engines = {(n, d): engine_of(case, n, d) for n in case.batches for d in case.drafts}
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        began = time.perf_counter()
+        jobs = compile_all(list(engines.values()), served_shapes(case.cfg), pool)
+        print(f"{len(jobs)} programs traced in {time.perf_counter() - began:.0f} s", flush=True)
+        trained, report = train(case, tokens_N[:cut])
+        for job in jobs:
+            job.result()
+        print(f"all compiled after {time.perf_counter() - began:.0f} s", flush=True)
     served = weights.prepare(trained, 0, cfg=case.cfg).params
-    speed, views = [], []
+    speed: list[dict[str, Any]] = []
+    views: list[dict[str, Any]] = []
     for slots in case.batches:
         asked = prompts(case, tokens_N[cut:], slots)
         for draft in case.drafts:
-            engine = engine_of(case, slots, draft)
+            engine = engines[slots, draft]
             for heat in case.temperatures:
                 if heat == case.temperatures[0]:
                     timed(case, engine, served, asked, heat)  # compiles
@@ -222,7 +249,7 @@ def measure(case: Case, tokens_N: np.ndarray) -> dict[str, Any]:
                 if slots == max(case.batches) and draft in (0, max(case.drafts)) and heat:
                     views.append(compare(case, engine, served, trained, asked, heat))
                     print(views[-1], flush=True)
-    return {"training": report, "speed": speed, "trainer": views}
+                save({"training": report, "speed": speed, "trainer": views})
 
 
 def made_up(vocab: int) -> np.ndarray:
@@ -284,13 +311,18 @@ def main() -> None:
     if tokens_N.min() < 0 or tokens_N.max() >= case.cfg.vocab:
         parser.error(f"ids {tokens_N.min()}..{tokens_N.max()} are not below {case.cfg.vocab}")
     value = {
-        "command": f"python -m experiments.bench.speculation --tokens FILE --vocab {args.vocab}",
+        "command": f"python -m experiments.bench.speculation --tokens FILE --vocab {args.vocab} "
+        f"--steps {case.steps} --batches {' '.join(map(str, case.batches))}",
         "jax": jax.__version__,
         "case": {k: v for k, v in dataclasses.asdict(case).items() if k != "cfg"},
     }
-    value |= measure(case, tokens_N)
-    if not args.tiny:
-        print(f"wrote {merge_result(device_name(), 'speculation', value)}")
+
+    def save(found: dict[str, Any]) -> None:
+        if not args.tiny:
+            merge_result(device_name(), "speculation", value | found)
+
+    keep_compiled()
+    measure(case, tokens_N, save)
 
 
 if __name__ == "__main__":

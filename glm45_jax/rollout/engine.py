@@ -64,7 +64,7 @@ class GlmEngine:
     tokens that MTP drafts a step, 0 to 3; a step then draws 1 to draft + 1, the same ones that it
     would draw without. kv_dtype: of the cache, None for the model's, or "float8_e4m3fn" for half of
     its bytes (model/cache.py says what it costs). It compiles at most buckets x spans prefills,
-    spans decodes and one insert.
+    spans decodes, one insert and one copy of a page.
     """
 
     cfg: ModelConfig
@@ -197,8 +197,9 @@ class GlmEngine:
         copy: tuple[int, int] | None = None,
     ) -> tuple[EngineState, Step]:
         """A row of `length` tokens takes a slot and draws token `index` of its output."""
-        source, target = copy or (0, self.pages)
-        numbers = (np.int32(n) for n in (slot, length, index, source, target))
+        if copy is not None:
+            state = copy_page(state, *(np.int32(page) for page in copy))
+        numbers = (np.int32(n) for n in (slot, length, index))
         asked = knobs([sampling])
         given = prefilled.replace(routes_TLA=None)  # whose length would be compiled for
         state, step = insert(state, given, asked, *numbers, top=self.top_logprobs)
@@ -268,6 +269,23 @@ def prefill(
     return state, Prefilled(logits_1V, routes_TLA, None if ahead is None else last_11D[:, 0])
 
 
+@functools.partial(jax.jit, donate_argnames="state")
+def copy_page(state: EngineState, source: jax.Array, target: jax.Array) -> EngineState:
+    """The state with page `source` in page `target` too: the half-filled page of a prompt that
+    several rows share.
+    """
+
+    def copied(page_LPSKH: jax.Array) -> jax.Array:
+        return page_LPSKH.at[:, target].set(page_LPSKH[:, source])
+
+    ahead = state.ahead
+    if ahead is not None:
+        tail_PD = ahead.tail_PD.at[target].set(ahead.tail_PD[source])
+        ahead = ahead.replace(tail_PD=tail_PD)
+    pages = {"k_LPSKH": copied(state.k_LPSKH), "v_LPSKH": copied(state.v_LPSKH)}
+    return state.replace(**pages, ahead=ahead)
+
+
 @functools.partial(jax.jit, static_argnames="top", donate_argnames="state")
 def insert(
     state: EngineState,
@@ -276,26 +294,14 @@ def insert(
     slot: jax.Array,
     length: jax.Array,
     index: jax.Array,
-    source: jax.Array,
-    target: jax.Array,
     *,
     top: int,
 ) -> tuple[EngineState, Step]:
-    """The state with a prefilled row in `slot`, and token `index` of its output, drawn (B = 1).
-
-    Page `source` is copied to page `target`: the half-filled page of a prompt that several rows
-    share. A target past the last page copies nothing.
-    """
+    """The state with a prefilled row in `slot`, and token `index` of its output, drawn (B = 1)."""
     draw, ahead = sample(prefilled.logits_1V, row, index[None], top=top), state.ahead
     if ahead is not None:
-        ahead = speculative.seat(ahead, prefilled.hidden_1D, draw.token_B, slot, source, target)
-
-    def copied(page_LPSKH: jax.Array) -> jax.Array:
-        return page_LPSKH.at[:, target].set(page_LPSKH[:, source], mode="drop")
-
+        ahead = speculative.seat(ahead, prefilled.hidden_1D, draw.token_B, slot)
     state = state.replace(
-        k_LPSKH=copied(state.k_LPSKH),
-        v_LPSKH=copied(state.v_LPSKH),
         length_B=state.length_B.at[slot].set(length),
         token_B=state.token_B.at[slot].set(draw.token_B[0]),
         index_B=state.index_B.at[slot].set(index + 1),

@@ -157,9 +157,9 @@ def names_of(tokens: Sequence[int], page: int, known: Sequence[bytes] = ()) -> l
     """A name of each full page of a row: a hash of its tokens and of the name before it, so of all
     tokens up to its end.
 
-    known: the first names, where they are known. 128 bits: two rows do not meet by chance.
+    known: the first names, or more, where they are known. 128 bits: two rows do not meet by chance.
     """
-    names = list(known)
+    names = list(known)[: len(tokens) // page]
     for start in range(len(names) * page, len(tokens) - page + 1, page):
         before = names[-1] if names else b""
         content = before + np.asarray(tokens[start : start + page], np.int32).tobytes()

@@ -79,18 +79,12 @@ def seat(
     hidden_1D: jax.Array,
     token_1: jax.Array,
     slot: jax.Array,
-    source: jax.Array,
-    target: jax.Array,
 ) -> Ahead:
-    """A row takes a slot with its first token drawn. hidden_1D: of the last token that was read.
-    source, target: the page that is copied, as in `insert`.
-    """
-    tail_PD = ahead.tail_PD
+    """A row takes a slot with its first token drawn. hidden_1D: of the last token that was read."""
     return ahead.replace(
         token_BT=ahead.token_BT.at[slot, 0].set(token_1[0]),
         hidden_BTD=ahead.hidden_BTD.at[slot, 0].set(hidden_1D[0]),
         count_B=ahead.count_B.at[slot].set(1),
-        tail_PD=tail_PD.at[target].set(tail_PD[source], mode="drop"),
     )
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from glm45_jax.rollout.sampling import Draw
 from glm45_jax.rollout.types import Prefilled, Step
 
+BREAKS_INSERT = 1000  # a seed
+
 
 @dataclasses.dataclass
 class State:
@@ -50,6 +52,8 @@ class Arithmetic:
         return state, Prefilled((total_1, params))
 
     def insert(self, state, prefilled, *, slot, length, index, sampling, copy):
+        if sampling.seed == BREAKS_INSERT:
+            raise RuntimeError(f"seed {sampling.seed} breaks the device")
         if copy is not None:
             state.page_PS[copy[1]] = state.page_PS[copy[0]]
         total_1, params = prefilled.logits_1V

@@ -10,6 +10,7 @@ import pytest
 from glm45_jax.rollout.driver import Driver
 from glm45_jax.rollout.sampling import Sampling
 from glm45_jax.rollout.types import Finish, Policy
+from tests.rollout.arithmetic import BREAKS_INSERT
 from tests.rollout.integers import Clock, Tagged, check, idle, largest_table
 
 FINISHES = typing.get_args(Finish)
@@ -25,9 +26,9 @@ def random_group(rng):
         prompt[-1] = 96  # breaks the device
     stop = tuple(rng.sample(range(96), 5)) if rng.random() < 0.5 else ()
     size = rng.choice((1, 1, 2, 4))
+    seeds = [BREAKS_INSERT if 0.97 < kind < 0.98 else rng.randrange(1000) for _ in range(size)]
     return [
-        (prompt, Sampling(max_tokens=rng.randint(1, 20), stop=stop, seed=rng.randrange(1000)))
-        for _ in range(size)
+        (prompt, Sampling(max_tokens=rng.randint(1, 20), stop=stop, seed=seed)) for seed in seeds
     ]
 
 

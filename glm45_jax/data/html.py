@@ -8,22 +8,15 @@ resiliparse extracts: unlike others it leaves the lines of code as they are.
 """
 
 import re
-import stat
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glm45_jax.data.sources import (
-    Doc,
-    DroppedError,
-    Source,
-    counted,
-    digest_files,
-    refuse_encoder,
-)
+from glm45_jax.data.reading import DroppedError, Ledger, match_files, read_regular
+from glm45_jax.data.sources import Doc, Source, counted, digest_files, refuse_encoder
 
 HTML_FORMAT = 1  # raise it when the same pages give other texts
 
@@ -54,10 +47,11 @@ class Page(NamedTuple):
     code_lost: int
 
 
-def extract(page: bytes | str, rules: HtmlRules = HtmlRules()) -> Page:
+def extract(page: bytes | str, rules: HtmlRules = HtmlRules(), encoding: str = "") -> Page:
     """The text of a page.
 
-    Bytes are read as UTF-8, else as the page says, else as what they look like.
+    Bytes are read as UTF-8, else in the encoding that came with them (of an HTTP header, say), else
+    as the page says, else as what they look like.
 
     Raises: DroppedError (the names in `HtmlRules`).
     """
@@ -66,7 +60,7 @@ def extract(page: bytes | str, rules: HtmlRules = HtmlRules()) -> Page:
 
     if len(page) > rules.max_bytes:  # of a str: characters, never more than its bytes
         raise DroppedError("too_large")
-    html = decode(page, rules)
+    html = decode(page, rules, encoding)
     check_structure(html, rules)
     tree = HTMLTree.parse(html)
     blocks = [] if tree.body is None else list(tree.body.get_elements_by_tag_name("pre"))
@@ -82,13 +76,13 @@ def extract(page: bytes | str, rules: HtmlRules = HtmlRules()) -> Page:
     return Page(text, len(codes), sum(code not in all_of_it for code in codes[:_CHECKED]))
 
 
-def decode(page: bytes | str, rules: HtmlRules = HtmlRules()) -> str:
+def decode(page: bytes | str, rules: HtmlRules = HtmlRules(), encoding: str = "") -> str:
     """The characters of a page.
 
     Raises: DroppedError("mis_encoded") where more than `max_replaced` of them are none: bytes that
     the encoding does not have, control characters, halves of surrogate pairs.
     """
-    html = page if isinstance(page, str) else _decoded(page)
+    html = page if isinstance(page, str) else _decoded(page, encoding)
     html, replaced = _NO_CHARACTER.subn("\N{REPLACEMENT CHARACTER}", html)
     if replaced > rules.max_replaced * len(html):
         raise DroppedError("mis_encoded")
@@ -146,31 +140,22 @@ class HtmlFiles:
 
         Raises: ValueError when nothing matches.
         """
-        counts = _counts()
-        for path, where in self._files():
-            meta = {"path": where, "repo": Path(self.root).name, "licence": self.licence}
+        ledger = _ledger(self.name)
+        meta = {"repo": Path(self.root).name, "licence": self.licence}
+        for path, where in match_files(self.root, self.pattern):
             try:
-                page = extract(_read_bytes(path, self.rules.max_bytes), self.rules)
+                page = extract(read_regular(path, self.rules.max_bytes), self.rules)
             except DroppedError as error:
-                _count(counts, error)
-            else:
-                _count(counts, page)
-                yield Doc(
-                    where, page.text, self.name, meta | {"code_blocks": f"{page.code_blocks}"}
-                )
-        return dict(counts)
+                _count(ledger, error, where)
+                continue
+            _count(ledger, page, where)
+            found = {"path": where, "code_blocks": f"{page.code_blocks}"}
+            yield Doc(where, page.text, self.name, meta | found)
+        return ledger.report()
 
     def version(self) -> str:
         """A digest of paths, sizes and times, and the extractor."""
-        return f"{digest_files(self._files())} {_version()}"
-
-    def _files(self) -> Iterator[tuple[Path, str]]:
-        root = Path(self.root)
-        found = [(p, p.relative_to(root).as_posix()) for p in root.glob(self.pattern)]
-        found = [pair for pair in found if not pair[0].is_dir()]
-        if not found:
-            raise ValueError(f"no file in {root} matches {self.pattern!r}; check root and pattern")
-        return iter(sorted(found, key=lambda pair: pair[1]))
+        return f"{digest_files(match_files(self.root, self.pattern))} {html_version()}"
 
 
 @dataclass(frozen=True)
@@ -190,57 +175,44 @@ class HtmlText:
 
     def version(self) -> str:
         """That of the source inside, and the extractor."""
-        return f"{self.source.version()} {_version()}"
+        return f"{self.source.version()} {html_version()}"
 
     def docs(self) -> Generator[Doc, None, dict[str, int]]:
         """Pages with text; returns the counts of `HtmlFiles` beside those of the source."""
         inner: dict[str, int] = {}
-        counts = _counts()
+        ledger = _ledger(self.name)
         for doc in counted(self.source, inner):
             try:
                 page = extract(doc.text, self.rules)
             except DroppedError as error:
-                _count(counts, error)
-            else:
-                _count(counts, page)
-                meta = {**doc.meta, "code_blocks": f"{page.code_blocks}"}
-                yield replace(doc, text=page.text, meta=meta)
-        return inner | counts
+                _count(ledger, error, doc.id)
+                continue
+            _count(ledger, page, doc.id)
+            meta = {**doc.meta, "code_blocks": f"{page.code_blocks}"}
+            yield replace(doc, text=page.text, meta=meta)
+        return inner | ledger.report()
 
 
-def _counts() -> Counter[str]:
-    return Counter(html_in=0, html_kept=0, html_code_blocks=0, html_code_lost=0)
+def _ledger(source: str) -> Ledger:
+    return Ledger(source, "html_in", "html_kept", "html_code_blocks", "html_code_lost")
 
 
-def _count(counts: Counter[str], result: Page | DroppedError) -> None:
-    counts["html_in"] += 1
-    if isinstance(result, Page):
-        counts["html_kept"] += 1
-        counts["html_code_blocks"] += result.code_blocks
-        counts["html_code_lost"] += result.code_lost
+def _count(ledger: Ledger, result: Page | DroppedError, where: str) -> None:
+    ledger.counts["html_in"] += 1
+    if isinstance(result, DroppedError):
+        ledger.drop(result, where, "html_dropped_")
     else:
-        counts[f"html_dropped_{result}"] += 1
+        ledger.counts["html_kept"] += 1
+        ledger.counts["html_code_blocks"] += result.code_blocks
+        ledger.counts["html_code_lost"] += result.code_lost
 
 
-def _version() -> str:
+def html_version() -> str:
+    """What the text of a page depends on besides its bytes and the rules."""
     return f"html={HTML_FORMAT} resiliparse=={version('resiliparse')}"
 
 
-def _read_bytes(path: Path, max_bytes: int) -> bytes:
-    try:
-        info = path.lstat()
-        if stat.S_ISLNK(info.st_mode):
-            raise DroppedError("symlink")
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
-            raise DroppedError("not_a_file")
-        if info.st_size > max_bytes:
-            raise DroppedError("too_large")
-        return path.read_bytes()
-    except OSError as error:
-        raise DroppedError("unreadable") from error
-
-
-def _decoded(page: bytes) -> str:
+def _decoded(page: bytes, stated: str) -> str:
     from resiliparse.parse.encoding import detect_encoding
 
     for mark, encoding in _BYTE_ORDER_MARKS:
@@ -250,10 +222,12 @@ def _decoded(page: bytes) -> str:
         return page.decode("utf-8")
     except UnicodeDecodeError:
         encoding = detect_encoding(page, from_html_meta=True) or "utf-8"
-    try:
-        return page.decode(encoding, "replace")
-    except LookupError:  # an encoding that Python has not
-        return page.decode("utf-8", "replace")
+    for name in filter(None, (stated, encoding)):
+        try:
+            return page.decode(name, "replace")
+        except (LookupError, ValueError, TypeError):  # none that Python has, or none of text
+            continue
+    return page.decode("utf-8", "replace")
 
 
 def _unname(blocks: Iterable[Any]) -> None:

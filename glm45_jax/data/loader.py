@@ -1,23 +1,27 @@
 """Batches as a pure function of (seed, step): `Loader`.
 
-Which row stands where is a grain `MapDataset` (shuffle, reshuffle each epoch, mix by weight); which
-rows make a step is a function `span(step)`, so batch-size ramps and resumes are exact, on any
-number of hosts. Only numbers go through grain; rows are read together, a batch at a time.
+Which row stands where is an `Order` (data/order.py: shuffle, reshuffle each epoch, mix by weight);
+which rows make a step is a function `span(step)`, so batch-size ramps and resumes are exact, on any
+number of hosts. Rows are read together, a batch at a time, in threads or in processes (grain).
 Letters: `B` rows of this host, `T` tokens of a row, `S` sources, `N` rows asked for.
 """
 
-from collections import deque
+import atexit
+import itertools
+import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
-import grain
 import numpy as np
 
+from glm45_jax.data.order import ENDLESS, ORDER_FORMAT, Drawn, Order
 from glm45_jax.data.pack import Row, RowSource, take
 from glm45_jax.data.types import Batch
+from glm45_jax.data.windows import WindowRows
 
 _PROBE_ROWS = 8  # rows named in a saved state, to notice a changed order
+_FIELDS = ("tokens", "targets", "segments", "positions", "mask")
 
 
 class Loader:
@@ -31,28 +35,54 @@ class Loader:
         span: Callable[[int], tuple[int, int]],
         host: tuple[int, int] = (0, 1),
         fingerprint: str,
+        numbers: Sequence[int] | None = None,
+        drawn: Sequence[int] | None = None,
     ):
         """Fixes the order of all rows; reads one row of each source.
 
-        rows: sources with their shares of the rows (any positive scale). span: step -> (first row,
-        number of rows) of the global batch. host: (index, count); each takes its contiguous part.
-        fingerprint: names the data, compared on resume.
+        rows: sources with their shares of the rows (any positive scale). A source with `seeded`
+        has rows of its own for every epoch. span: step -> (first row, number of rows) of the
+        global batch. host: (index, count); each takes its contiguous part. fingerprint: names the
+        data, compared on resume. numbers: which of the run's sources these are, which decides the
+        order of each (default 0, 1, ...); drawn: rows of each that earlier stages have read.
+        A stage that goes on from another gives the same seed, its own numbers, and what
+        `rows_drawn` of the other said.
 
         Raises: ValueError for an empty or mismatched source, a bad weight, seed or host.
         """
-        _check_mixture(rows, seed, host)
-        self._sources = tuple(source for source, _ in rows)
+        self._numbers = tuple(range(len(rows)) if numbers is None else numbers)
+        self._drawn = tuple(len(rows) * (0,) if drawn is None else drawn)
+        _check_mixture(rows, seed, host, self._numbers, self._drawn)
+        self._made_of = (tuple(rows), seed, span, host, fingerprint, self._numbers, self._drawn)
+        of_run = np.random.SeedSequence(seed).generate_state(max(self._numbers) + 1)
+        seeds = [int(of_run[number]) for number in self._numbers]
+        self._sources = tuple(
+            source.seeded(own) if hasattr(source, "seeded") else source
+            for (source, _), own in zip(rows, seeds, strict=True)
+        )
+        _check_shapes(self._sources)
         self._weights = tuple(float(weight) for _, weight in rows)
-        self._first_row_S = np.cumsum([0] + [len(source) for source in self._sources])
-        self._order = _order(self._first_row_S, self._weights, seed)
+        lengths = [len(source) for source in self._sources]
+        self._first_row_S = np.cumsum([0, *lengths])
+        self._order = Order(lengths, self._weights, seeds, self._drawn)
         self._seed, self._span, self._host, self._fingerprint = seed, span, host, fingerprint
+        self._fixed = _shared(self._sources)
+        self._whole: dict[int, Row] = {}
+
+    def __reduce__(self):
+        return _loader, self._made_of
 
     def row_ids(self, first: int, n: int) -> np.ndarray:
         """Rows at places first .. first + n of the endless order, numbered through the sources."""
-        return np.array([self._order[place] for place in range(first, first + n)], np.int64)
+        drawn = self._order.at(first, n)
+        return self._first_row_S[drawn.source_N] + drawn.row_N
+
+    def rows_drawn(self, step: int) -> list[int]:
+        """Rows of each source that the steps before this one read, earlier stages included."""
+        return self._order.drawn_before(self._span(step)[0])
 
     def batch(self, step: int) -> Batch:
-        """This host's rows of the step, as numpy.
+        """This host's rows of the step, as numpy; arrays that every batch shares are read-only.
 
         Raises: ValueError when the step's rows do not divide among the hosts.
         """
@@ -64,98 +94,221 @@ class Loader:
                 f"of {count} at every step (also inside a ramp)"
             )
         local = n // count
-        row = self._take(self.row_ids(first + index * local, local))
-        return Batch(
-            tokens_BT=row["tokens"],
-            targets_BT=row["targets"],
-            segments_BT=row["segments"],
-            positions_BT=row["positions"],
-            mask_BT=row["mask"],
-        )
+        row = self._take(self._order.at(first + index * local, local))
+        return Batch(**{f"{name}_BT": row[name] for name in _FIELDS})
 
-    def iterate(self, start_step: int = 0, *, ahead: int = 4, threads: int = 1) -> Generator[Batch]:
+    def iterate(
+        self, start_step: int = 0, *, ahead: int = 4, threads: int = 2, processes: int = 0
+    ) -> Generator[Batch]:
         """Batches of start_step, start_step + 1, ... without end, at most `ahead` made in advance.
 
+        processes: make them in this many worker processes instead of threads: for a `RowSource` of
+        your own that keeps Python busy. For stored rows threads are ten times faster.
         An exception while making a batch is raised here, at the step it belongs to. Close the
-        iterator (or let it go) to end the threads.
+        iterator (or let it go) to end the threads or processes.
+
+        Source: experiments/bench/data.py times both.
         """
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        if processes:
+            yield from _from_processes(self, start_step, ahead, processes)
+            return
+        workers = [_Worker(self.batch) for _ in range(threads)]
         try:
-            pending = deque(pool.submit(self.batch, start_step + k) for k in range(ahead))
-            step = start_step + ahead
-            while True:
-                batch = pending.popleft().result()
-                pending.append(pool.submit(self.batch, step))
-                step += 1
+            for step in range(start_step, start_step + ahead):
+                workers[step % threads].ask(step)
+            for step in itertools.count(start_step):
+                batch = workers[step % threads].answer()
+                workers[(step + ahead) % threads].ask(step + ahead)
                 yield batch
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for worker in workers:
+                worker.close()
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps: JSON-able, the same on every host, good for any host count."""
         first, n = (int(x) for x in self._span(step))
-        return {
-            "step": step,
-            "seed": self._seed,
-            "fingerprint": self._fingerprint,
-            "mixture": [
-                [len(source), weight]
-                for source, weight in zip(self._sources, self._weights, strict=True)
-            ],
+        windows = [
+            list(source.window_of(before)) if isinstance(source, WindowRows) else None
+            for source, before in zip(self._sources, self._order.drawn_before(first), strict=True)
+        ]
+        return self._cheap_state(step) | {
             "span": [first, n],
+            "windows": windows,
             "next_rows": self.row_ids(first, _PROBE_ROWS).tolist(),
         }
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Nothing, when this loader would go on exactly where the saved one stopped.
 
+        Sources that are packed while training go on from the window that the state names.
+
         Raises: ValueError naming what differs, with both values.
         """
         if "step" not in state:
             raise ValueError(f"loader state has {sorted(state)}, but no 'step'; not a loader state")
-        for key, mine in self.state(state["step"]).items():
-            if state.get(key) != mine:
+        state = {"format": 1} | state
+        self._compare(state, self._cheap_state(state["step"]))
+        for source, known in zip(self._sources, state.get("windows", ()), strict=True):
+            if isinstance(source, WindowRows) and known:
+                source.resume(*known)
+        self._compare(state, self.state(state["step"]))
+
+    def _cheap_state(self, step: int) -> dict[str, Any]:
+        return {
+            "format": ORDER_FORMAT,
+            "step": step,
+            "seed": self._seed,
+            "fingerprint": self._fingerprint,
+            "mixture": [
+                [len(source), weight, *getattr(source, "recipe", ())]
+                for source, weight in zip(self._sources, self._weights, strict=True)
+            ],
+            "numbers": list(self._numbers),
+            "drawn": list(self._drawn),
+        }
+
+    def _compare(self, state: dict[str, Any], mine: dict[str, Any]) -> None:
+        for key, value in mine.items():
+            if state.get(key) != value:
                 raise ValueError(
-                    f"loader state differs in {key}: saved {state.get(key)}, now {mine}; restore "
+                    f"loader state differs in {key}: saved {state.get(key)}, now {value}; restore "
                     f"the {_WAY_OUT[key]} of the saved run, or start a new run from its weights"
                 )
 
-    def _take(self, id_N: np.ndarray) -> Row:
-        source_N = np.searchsorted(self._first_row_S, id_N, side="right") - 1
-        out: Row = {}
-        for s in np.unique(source_N):
-            at = np.flatnonzero(source_N == s)
-            found = take(self._sources[s], id_N[at] - self._first_row_S[s])
-            for name, array in found.items():
+    def _take(self, drawn: Drawn) -> Row:
+        if len(self._sources) == 1:
+            return {**self._rows_of(0, drawn.row_N, drawn.epoch_N), **self._shared_rows(drawn)}
+        out: Row = dict(self._shared_rows(drawn))
+        for s in np.unique(drawn.source_N):
+            at = np.flatnonzero(drawn.source_N == s)
+            found = self._rows_of(s, drawn.row_N[at], drawn.epoch_N[at])
+            for name in (name for name in _FIELDS if name not in self._fixed):
+                if len(at) == len(drawn.row_N):
+                    out[name] = found[name]
+                    continue
                 if name not in out:
-                    out[name] = np.empty((len(id_N), *array.shape[1:]), array.dtype)
-                out[name][at] = array
+                    shape = (len(drawn.row_N), *found[name].shape[1:])
+                    out[name] = np.empty(shape, found[name].dtype)
+                out[name][at] = found[name]
         return out
+
+    def _rows_of(self, s: int, row_N: np.ndarray, epoch_N: np.ndarray) -> Row:
+        source = self._sources[s]
+        if hasattr(source, "seeded"):
+            row_N = row_N + epoch_N * len(source)
+        return take(source, row_N)
+
+    def _shared_rows(self, drawn: Drawn) -> Row:
+        """What as many rows of any step have in common; read-only, made once for each number."""
+        n = len(drawn.row_N)
+        whole = self._whole.get(n)
+        if whole is None:
+            whole = {name: np.tile(row_T, (n, 1)) for name, row_T in self._fixed.items()}
+            for array in whole.values():
+                array.flags.writeable = False
+            self._whole = {n: whole}
+        return whole
+
+
+class _Worker:
+    """A thread that makes the batches it is asked for, in that order. An executor's futures cost
+    20 us a batch more than these two queues.
+    """
+
+    def __init__(self, make: Callable[[int], Batch]):
+        self._make, self._closed = make, False
+        self._asked: SimpleQueue[int | None] = SimpleQueue()
+        self._made: SimpleQueue[Batch | BaseException] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # a thread that reads while Python ends would abort it
+
+    def ask(self, step: int) -> None:
+        self._asked.put(step)
+
+    def answer(self) -> Batch:
+        made = self._made.get()
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._asked.put(None)
+            self._thread.join()
+            atexit.unregister(self.close)
+
+    def _run(self) -> None:
+        while (step := self._asked.get()) is not None and not self._closed:
+            try:
+                self._made.put(self._make(step))
+            except BaseException as error:  # raised again by answer()
+                self._made.put(error)
 
 
 _WAY_OUT = {
+    "format": "version of this code",
     "step": "step",
     "seed": "seed",
     "fingerprint": "data",
     "mixture": "sources and weights",
+    "numbers": "sources of the run",
+    "drawn": "stages before this one",
     "span": "batch size schedule",
-    "next_rows": "version of grain",
+    "windows": "packing",
+    "next_rows": "version of this code",
 }
 
 
-def _order(first_row_S: np.ndarray, weights: Sequence[float], seed: int) -> grain.MapDataset:
-    # A seed for each source: grain counts the seed up with every epoch, so neighbouring seeds would
-    # repeat each other's orders. Its shuffle costs about 10 us a row; for n < 1000 rows, 33 ms / n.
-    seeds = np.random.SeedSequence(seed).generate_state(len(weights))
-    shuffled = [
-        grain.MapDataset.range(int(start), int(stop)).shuffle(seed=int(s)).repeat()
-        for start, stop, s in zip(first_row_S[:-1], first_row_S[1:], seeds, strict=True)
-    ]
-    return grain.MapDataset.mix(shuffled, weights=list(weights))
+def _loader(rows, seed, span, host, fingerprint, numbers, drawn) -> Loader:
+    return Loader(
+        rows,
+        seed=seed,
+        span=span,
+        host=host,
+        fingerprint=fingerprint,
+        numbers=numbers,
+        drawn=drawn,
+    )
+
+
+def _from_processes(
+    loader: Loader, start_step: int, ahead: int, processes: int
+) -> Generator[Batch]:
+    import grain  # here, because machines that only train in threads may lack it
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain asks for a flag, and this program may have none
+    steps = grain.MapDataset.range(start_step, 2**62).map(loader.batch)
+    batches = iter(
+        steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
+            grain.MultiprocessingOptions(processes, per_worker_buffer_size=-(-ahead // processes))
+        )
+    )
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _shared(sources: Sequence[RowSource]) -> Row:
+    """What is the same in every row of every source, each [T]."""
+    first, *others = [getattr(source, "fixed", {}) for source in sources]
+    same = all(
+        other.keys() == first.keys() and all(np.array_equal(other[k], first[k]) for k in first)
+        for other in others
+    )
+    return first if same else {}
 
 
 def _check_mixture(
-    rows: Sequence[tuple[RowSource, float]], seed: int, host: tuple[int, int]
+    rows: Sequence[tuple[RowSource, float]],
+    seed: int,
+    host: tuple[int, int],
+    numbers: Sequence[int],
+    drawn: Sequence[int],
 ) -> None:
     if not rows:
         raise ValueError("the mixture has 0 sources; give at least one (rows, weight)")
@@ -164,15 +317,28 @@ def _check_mixture(
     index, count = host
     if not 0 <= index < count:
         raise ValueError(f"host {index} of {count}: the index must be in 0..{count - 1}")
-    shapes = []
+    if (
+        not len(rows) == len(set(numbers)) == len(numbers) == len(drawn)
+        or min(*numbers, *drawn) < 0
+    ):
+        raise ValueError(
+            f"{len(rows)} sources, numbers {list(numbers)}, drawn {list(drawn)}; give each source "
+            "a number of its own and the rows that were drawn of it, both at least 0"
+        )
     for i, (source, weight) in enumerate(rows):
         if not weight > 0:
             raise ValueError(f"source {i} has weight {weight}; weights are > 0, or leave it out")
-        if len(source) == 0:
-            raise ValueError(f"source {i} has 0 rows; give it more text, or leave it out")
-        shapes.append(source[0]["tokens"].shape)
-        if shapes[i] != shapes[0]:
+        if not 0 < len(source) <= ENDLESS:
             raise ValueError(
-                f"source {i} has rows of {shapes[i]} tokens, source 0 of {shapes[0]}; build all "
+                f"source {i} has {len(source)} rows; give it more text, or leave it out"
+            )
+
+
+def _check_shapes(sources: Sequence[RowSource]) -> None:
+    shapes = [source[0]["tokens"].shape for source in sources]
+    for i, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            raise ValueError(
+                f"source {i} has rows of {shape} tokens, source 0 of {shapes[0]}; build all "
                 "with one seq_len"
             )

@@ -106,10 +106,16 @@ def rows(data: Data, prepared: Prepared, split: str = "train") -> list[tuple[Row
     """Packed rows of every source with its weight, as `Loader` takes them."""
     stores = {"train": prepared.train, "val": prepared.val}[split]
     pad_id = prepared.tokenizer.id_of(END_OF_TEXT)
-    return [
-        (data.packing.rows(stores[source.name], data.seq_len, pad_id), weight)
-        for source, weight in data.sources
-    ]
+    mixed = [(stores[source.name], weight) for source, weight in data.sources]
+    return data.packing.mixture(mixed, data.seq_len, pad_id)
+
+
+def documents(data: Data) -> dict[tuple[str, str], list[Doc]]:
+    """The documents of every (source, split), in the order in which its store has them.
+
+    Copies are made here, behind the split: they share a side, and validation reads a text once.
+    """
+    return _with_copies(data, _gather(data).docs)
 
 
 def _build(data: Data, folder: Path, fingerprint: str, tokenizer: Tokenizer | None) -> None:
@@ -242,6 +248,15 @@ def _sample(data: Data, docs: Mapping[tuple[str, str], Sequence[Doc]]) -> Iterat
             left -= len(doc.text)
 
 
+def _with_copies(
+    data: Data, docs: Mapping[tuple[str, str], Sequence[Doc]]
+) -> dict[tuple[str, str], list[Doc]]:
+    return {
+        (name, split): repeated(part, data.seed) if split == "train" else list(part)
+        for (name, split), part in docs.items()
+    }
+
+
 def _write_stores(
     folder: Path,
     data: Data,
@@ -252,11 +267,7 @@ def _write_stores(
 
     counts: dict[str, dict[str, Any]] = {}
     source_of = {source.name: source for source, _ in data.sources}
-    # Copies are made here, behind the split: they share a side, and validation reads a text once.
-    docs = {
-        (name, split): repeated(part, data.seed) if split == "train" else part
-        for (name, split), part in docs.items()
-    }
+    docs = _with_copies(data, docs)
     total = sum(len(doc.text) for part in docs.values() for doc in part)
     with tqdm(total=total, desc="encode", unit=" chars", unit_scale=True, disable=None) as bar:
         for (name, split), part in docs.items():

@@ -10,20 +10,17 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import platform
-import stat
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from glm45_jax.data.reading import DroppedError, Ledger, check_text, match_files, read_utf8
 from glm45_jax.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 SITE_PACKAGES = ("jax", "flax", "optax", "numpy")  # what requirements.txt brings in anyway
 
@@ -125,14 +122,14 @@ class PythonSources:
     def __post_init__(self):
         _check_include(self.include)
 
-    def docs(self) -> Iterator[Doc]:
-        """One document a file, sorted by path."""
+    def docs(self) -> Generator[Doc, None, dict[str, int]]:
+        """One document a file, sorted by path; returns counts: files_in, files_read, dropped_*."""
         reader = _Reader(self.name)
         for file in _python_files(self.include, self.packages):
             text = reader.text(file.path)
             if text is not None:
                 yield Doc(file.id, text, self.name, file.meta())
-        reader.report()
+        return reader.report()
 
     def files(self) -> Iterator[SourceFile]:
         """The files, package by package (`data/repositories.py` joins them)."""
@@ -155,15 +152,15 @@ class Docstrings:
     def __post_init__(self):
         _check_include(self.include)
 
-    def docs(self) -> Iterator[Doc]:
-        """One document for each file that has a long docstring, sorted by path."""
+    def docs(self) -> Generator[Doc, None, dict[str, int]]:
+        """One document for each file that has a long docstring, sorted by path; counts files."""
         reader = _Reader(self.name)
         for file in _python_files(self.include, self.packages):
             text = reader.text(file.path)
             prose = _docstrings(text, self.min_chars) if text is not None else ""
             if prose:
                 yield Doc(file.id, prose, self.name, file.meta())
-        reader.report()
+        return reader.report()
 
     def version(self) -> str:
         """Versions of the interpreter and of the packages."""
@@ -196,11 +193,14 @@ class PackageDocs:
     name: str = "packages"
     distributions: tuple[str, ...] = ()
 
-    def docs(self) -> Iterator[Doc]:
-        """A distribution's description, then its text files by path; distributions by name."""
+    def docs(self) -> Generator[Doc, None, dict[str, int]]:
+        """A distribution's description, then its text files by path; distributions by name.
+
+        Returns counts of the files.
+        """
         reader = _Reader(self.name)
         for dist_name, dist in self._distributions():
-            meta = {"repo": dist_name, "licence": _licence(dist), "group": f"dist/{dist_name}"}
+            meta = {"repo": dist_name, "licence": licence_of(dist), "group": f"dist/{dist_name}"}
             description = (dist.metadata.get("Description") or "").strip()
             if description:
                 where = f"{dist_name}/METADATA"
@@ -209,7 +209,7 @@ class PackageDocs:
                 text = reader.text(path)
                 if text is not None:
                     yield Doc(where, text, self.name, meta | {"path": where})
-        reader.report()
+        return reader.report()
 
     def version(self) -> str:
         """Names and versions of the distributions."""
@@ -228,68 +228,40 @@ class PackageDocs:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """Your own folder: every file that matches the pattern is one document."""
+    """Your own folder (or one file): every file that matches the pattern is one document.
+
+    Links are counted, not followed: what they name would be read twice, or lie outside the folder.
+    """
 
     root: str
     pattern: str = "**/*.txt"
     name: str = "files"
     licence: str = ""
+    max_bytes: int = 2**28  # of a file [too_large]
+    max_line: int = 2**20  # characters [long_line]; tokenizers are quadratic in a word without end
 
-    def docs(self) -> Iterator[Doc]:
-        """One document a file, sorted by path.
+    def docs(self) -> Generator[Doc, None, dict[str, int]]:
+        """One document a file, sorted by path; returns counts: files_in, documents, dropped_*.
 
         Raises: ValueError when nothing matches.
         """
-        reader = _Reader(self.name)
-        for path, where in self._files():
-            text = reader.text(path)
-            if text is not None:
-                meta = {"path": where, "repo": Path(self.root).name, "licence": self.licence}
-                yield Doc(where, text, self.name, meta)
-        reader.report()
+        ledger = Ledger(self.name, "files_in", "documents")
+        repo = Path(self.root).name
+        for path, where in match_files(self.root, self.pattern):
+            ledger.counts["files_in"] += 1
+            try:
+                text = check_text(read_utf8(path, self.max_bytes), self.max_line)
+            except DroppedError as error:
+                ledger.drop(error, where)
+                continue
+            ledger.counts["documents"] += 1
+            meta = {"path": where, "repo": repo, "licence": self.licence}
+            yield Doc(where, text, self.name, meta)
+        return ledger.report()
 
     def version(self) -> str:
         """A digest of paths, sizes and times, so that an edited folder is read again."""
-        digest = hashlib.sha256()
-        for path, where in self._files():
-            stat = path.stat()
-            digest.update(f"{where} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
-
-    def _files(self) -> list[tuple[Path, str]]:
-        root = Path(self.root)
-        files = [(p, p.relative_to(root).as_posix()) for p in root.glob(self.pattern)]
-        files = sorted((pair for pair in files if pair[0].is_file()), key=lambda pair: pair[1])
-        if not files:
-            raise ValueError(f"no file in {root} matches {self.pattern!r}; check root and pattern")
-        return files
-
-
-class DroppedError(Exception):
-    """A document or file that is left out; the text is the reason it is counted under."""
-
-
-def read_utf8(path: Path, max_bytes: int) -> str:
-    """The text of a file, line ends as they are.
-
-    Raises: DroppedError (symlink, not_a_file, unreadable, too_large, not_utf8, blank).
-    """
-    try:
-        info = path.lstat()
-        if stat.S_ISLNK(info.st_mode):
-            raise DroppedError("symlink")
-        if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
-            raise DroppedError("not_a_file")
-        if info.st_size > max_bytes:
-            raise DroppedError("too_large")
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DroppedError("not_utf8") from error
-    except OSError as error:
-        raise DroppedError("unreadable") from error
-    if not text.strip():
-        raise DroppedError("blank")
-    return text
+        return digest_files(match_files(self.root, self.pattern))
 
 
 def walk_files(root: Path) -> Iterator[tuple[Path, str]]:
@@ -327,31 +299,24 @@ def split_at_lines(text: str, limit: int) -> list[str]:
 
 
 class _Reader:
-    """Reads UTF-8 files; counts what it could not read and what was blank."""
+    """Reads UTF-8 files of installed packages, of which some tools make links; counts them."""
 
     def __init__(self, source: str):
-        self.source, self.read, self.undecodable, self.blank = source, 0, 0, 0
+        self.ledger = Ledger(source, "files_in", "files_read")
 
     def text(self, path: Path) -> str | None:
+        self.ledger.counts["files_in"] += 1
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            self.undecodable += 1
+            text = read_utf8(path.resolve(), _MAX_BYTES)
+        except DroppedError as error:
+            # Packages ship empty files and foreign encodings on purpose: no warning.
+            self.ledger.counts[f"dropped_{error}"] += 1
             return None
-        if not text.strip():
-            self.blank += 1
-            return None
-        self.read += 1
+        self.ledger.counts["files_read"] += 1
         return text
 
-    def report(self) -> None:
-        log.info(
-            "%s: %d files read, %d skipped as not UTF-8, %d as blank",
-            self.source,
-            self.read,
-            self.undecodable,
-            self.blank,
-        )
+    def report(self) -> dict[str, int]:
+        return self.ledger.report()
 
 
 def _python_files(include: tuple[str, ...], packages: tuple[str, ...]) -> Iterator[SourceFile]:
@@ -361,7 +326,7 @@ def _python_files(include: tuple[str, ...], packages: tuple[str, ...]) -> Iterat
             yield SourceFile(path, where, "cpython", "PSF-2.0")
     if "site" in include:
         for package in packages:
-            folder, licence = _package_folder(package), _licence(_distribution(package))
+            folder, licence = _package_folder(package), licence_of(_distribution(package))
             for path, where in _sorted_python(folder, folder.parent):
                 yield SourceFile(path, where, package, licence)
 
@@ -428,9 +393,13 @@ def _distribution(name: str) -> importlib.metadata.Distribution:
         raise ValueError(f"no installed distribution is named {name!r}; drop it") from error
 
 
-def _licence(dist: importlib.metadata.Distribution) -> str:
+def licence_of(dist: importlib.metadata.Distribution) -> str:
+    """What the metadata of a distribution says; empty where it says nothing short."""
     stated = dist.metadata.get("License-Expression") or dist.metadata.get("License") or ""
     if stated and "\n" not in stated:
         return stated
     classifiers = dist.metadata.get_all("Classifier") or []
     return next((c.rsplit(" :: ", 1)[-1] for c in classifiers if c.startswith("License")), "")
+
+
+_MAX_BYTES = 2**30

@@ -172,7 +172,7 @@ def test_a_state_of_another_run_is_refused_with_both_values(changes, message):
 def test_a_state_whose_order_of_rows_was_another_is_refused():
     state = loader().state(3)
     state["next_rows"] = state["next_rows"][::-1]
-    with pytest.raises(ValueError, match=r"differs in next_rows: .*version of grain"):
+    with pytest.raises(ValueError, match=r"differs in next_rows: .*version of this code"):
         loader().check_state(state)
     with pytest.raises(ValueError, match="but no 'step'; not a loader state"):
         loader().check_state({"epoch": 1})
@@ -190,6 +190,8 @@ def test_a_state_whose_order_of_rows_was_another_is_refused():
         ),
         ({"seed": -1}, "seed -1 is outside"),
         ({"host": (2, 2)}, r"host 2 of 2: the index must be in 0\.\.1"),
+        ({"numbers": [3, 3]}, r"2 sources, numbers \[3, 3\], drawn \[0, 0\]; give each source"),
+        ({"drawn": [1]}, r"2 sources, numbers \[0, 1\], drawn \[1\]"),
     ],
 )
 def test_a_mixture_that_cannot_be_read_is_refused_at_the_door(changes, message):
@@ -197,13 +199,87 @@ def test_a_mixture_that_cannot_be_read_is_refused_at_the_door(changes, message):
         loader(**changes)
 
 
-@pytest.mark.parametrize("packing", [Cut(document_mask=True), BestFit()], ids=repr)
+def test_a_state_of_the_order_before_this_one_is_refused():
+    state = loader().state(3)
+    del state["format"], state["numbers"], state["drawn"], state["windows"]
+    with pytest.raises(ValueError, match="differs in format: saved 1, now 2; restore the version"):
+        loader().check_state(state)
+
+
+def test_a_state_of_another_stage_is_refused():
+    state = loader().state(3)
+    with pytest.raises(ValueError, match=r"differs in drawn: saved \[0, 0\], now \[9, 1\]"):
+        loader(drawn=[9, 1]).check_state(state)
+    with pytest.raises(ValueError, match=r"differs in numbers: saved \[0, 1\], now \[2, 1\]"):
+        loader(numbers=[2, 1]).check_state(state)
+
+
+def test_a_resumed_loader_packs_no_window_before_its_own(tmp_path):
+    docs = [range(i, i + 3 + i % 5) for i in range(40)]
+    write_store(tmp_path / "s", docs, end=999, vocab=1000, tokenizer_fingerprint="t", meta={})
+    rows = BestFit(window=6).rows(open_store(tmp_path / "s"), SEQ_LEN, 999)
+    state = json.loads(json.dumps(loader(rows=[(rows, 1.0)]).state(30)))
+    again = loader(rows=[(rows, 1.0)])
+    again.check_state(state)
+    assert again._sources[0]._base == state["windows"][0][0] > 20
+    assert_same(again.batch(30), loader(rows=[(rows, 1.0)]).batch(30))
+
+
+def test_a_state_of_other_weights_inside_the_windows_is_refused(tmp_path):
+    docs = [range(i, i + 3 + i % 5) for i in range(40)]
+    for name in "ab":
+        write_store(tmp_path / name, docs, end=999, vocab=1000, tokenizer_fingerprint="t", meta={})
+    stores = [open_store(tmp_path / name) for name in "ab"]
+
+    def mixed(weight, window=6):
+        both = [(stores[0], weight), (stores[1], 1.0)]
+        return loader(rows=BestFit(window=window).mixture(both, SEQ_LEN, 999))
+
+    state = json.loads(json.dumps(mixed(2.0).state(3)))
+    mixed(2.0).check_state(state)
+    for other in (mixed(3.0), mixed(2.0, window=7)):
+        with pytest.raises(ValueError, match="differs in mixture"):
+            other.check_state(state)
+
+
+def test_arrays_that_batches_share_cannot_be_written(tmp_path):
+    write_store(
+        tmp_path / "s", [range(300)], end=999, vocab=1000, tokenizer_fingerprint="t", meta={}
+    )
+    one = loader(rows=[(Cut().rows(open_store(tmp_path / "s"), SEQ_LEN, 999), 1.0)])
+    for step in (0, 0, 5):
+        batch = one.batch(step)
+        assert batch.mask_BT.shape == batch.tokens_BT.shape == (ramp(step)[1], SEQ_LEN)
+        with pytest.raises(ValueError, match="read-only"):
+            batch.mask_BT[0, 0] = 0
+        batch.tokens_BT[0, 0] = 0
+
+
+@pytest.mark.slow  # a worker process imports jax and grain
+def test_processes_make_the_batches_that_threads_make(tmp_path):
+    docs = [range(i * 30, i * 30 + 5 + i) for i in range(20)]
+    write_store(tmp_path / "s", docs, end=999, vocab=1000, tokenizer_fingerprint="t", meta={})
+    store = open_store(tmp_path / "s")
+    rows = [(Cut(moving=True).rows(store, SEQ_LEN, 999), 1.0)]
+    rows.append((BestFit(window=3).rows(store, SEQ_LEN, 999), 2.0))
+    one = loader(rows=rows, host=(1, 2))
+    iterator = one.iterate(2, processes=2)
+    for step in range(2, 12):
+        assert_same(next(iterator), one.batch(step))
+    iterator.close()
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [Cut(document_mask=True), Cut(moving=True), BestFit(), BestFit(window=7)],
+    ids=repr,
+)
 def test_a_batch_of_stored_text_is_its_rows(tmp_path, packing):
     docs = [range(i * 30, i * 30 + 5 + i) for i in range(20)]
     write_store(tmp_path / "s", docs, end=999, vocab=1000, tokenizer_fingerprint="t", meta={})
     rows = packing.rows(open_store(tmp_path / "s"), SEQ_LEN, 999)
     one = loader(rows=[(rows, 1.0)])
-    batch = one.batch(0)
+    batch, rows = one.batch(0), one._sources[0]  # with the seed that the loader gave it
     for b, i in enumerate(one.row_ids(0, 4)):
         for name in ("tokens", "targets", "segments", "positions", "mask"):
             array = getattr(batch, f"{name}_BT")

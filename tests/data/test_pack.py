@@ -1,5 +1,6 @@
 """Laws of packing: every token once, no short document cut, masks that never cross a document."""
 
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -98,6 +99,25 @@ def test_ties_go_to_the_lower_index_and_the_bin_opened_first():
     assert best_fit([], 10) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("least", [0.0, 0.5], ids=["uniform", "upper half"])
+def test_ten_times_the_documents_take_little_more_than_ten_times_as_long(least):
+    # Uniform lengths leave the most different free spaces, which is the worst for a sorted list.
+    random = np.random.default_rng(0)
+
+    def seconds(n):
+        lengths = random.integers(int(least * 32768) + 1, 32769, n)
+        return min(timed(lambda: best_fit(lengths, 32768)) for _ in range(3))
+
+    assert seconds(1_000_000) < 25 * seconds(100_000)  # n log n is 12; n**2 would be 100
+
+
+def timed(call):
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
 def test_an_item_that_fits_nowhere_is_refused():
     with pytest.raises(ValueError, match="item 1 has length 11, over capacity 10; split"):
         best_fit([3, 11], 10)
@@ -156,6 +176,47 @@ def test_cut_rows_are_the_store_in_order(tmp_path_factory, lengths, seq_len, doc
         assert (everything["positions"] == np.arange(seq_len)).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths=stores, seq_len=st.integers(2, 16), document_mask=st.booleans())
+def test_moving_rows_cut_the_ring_of_all_tokens_elsewhere_in_every_epoch(
+    tmp_path_factory, lengths, seq_len, document_mask
+):
+    store = make_store(tmp_path_factory.mktemp("moving"), lengths)
+    n = store.manifest.n_tokens
+    if n <= seq_len:
+        return
+    rows = Cut(document_mask, moving=True).rows(store, seq_len, PAD).seeded(7)
+    ring, per_epoch, firsts = np.tile(store.read(0, n), 2), n // seq_len, []
+    assert len(rows) == per_epoch
+    doc_of = np.tile(np.repeat(np.arange(store.manifest.n_docs), np.diff(store.offsets_N1)), 2)
+    for epoch in range(3):
+        found = take(rows, np.arange(per_epoch) + epoch * per_epoch)
+        first = rows._first(epoch, n)
+        firsts.append(first)
+        whole = np.roll(ring[:n], -first)
+        np.testing.assert_array_equal(found["tokens"].ravel(), whole[: per_epoch * seq_len])
+        ahead = np.roll(ring[:n], -first - 1)
+        np.testing.assert_array_equal(found["targets"].ravel(), ahead[: per_epoch * seq_len])
+        for r in range(per_epoch if document_mask else 0):
+            start = (first + r * seq_len) % n
+            doc_T1 = doc_of[start : start + seq_len + 1]
+            # A document may stand at both ends of the ring: it ends at the seam all the same.
+            seam_T = (np.arange(start, start + seq_len) + 1) % n == 0
+            ends_T = (doc_T1[1:] != doc_T1[:-1]) | seam_T
+            segments_T = 1 + np.cumsum([0, *ends_T[:-1]])
+            np.testing.assert_array_equal(found["mask"][r], ~ends_T)
+            np.testing.assert_array_equal(found["segments"][r], segments_T)
+            positions = [int((segments_T[:t] == segments_T[t]).sum()) for t in range(seq_len)]
+            assert found["positions"][r].tolist() == positions
+    assert firsts[0] == 0 and (n < 50 or len(set(firsts)) > 1)
+
+
+def test_every_place_of_the_ring_is_as_likely_to_be_cut(tmp_path):
+    rows = Cut(moving=True).rows(make_store(tmp_path, [99]), 10, PAD)
+    cuts = np.array([rows.seeded(seed)._first(1, 100) % 10 for seed in range(3000)])
+    assert np.abs(np.bincount(cuts, minlength=10) - 300).max() < 75
+
+
 def check_segments_are_documents(store, rows, everything):
     doc_of = np.repeat(np.arange(store.manifest.n_docs), np.diff(store.offsets_N1))
     for r in range(len(rows)):
@@ -203,10 +264,14 @@ def check_packed_row(row, seq_len):
             assert row["targets"][t] == row["tokens"][t + 1]
 
 
-@pytest.mark.parametrize("packing", [Cut(), Cut(document_mask=True), BestFit()], ids=repr)
+@pytest.mark.parametrize(
+    "packing",
+    [Cut(), Cut(document_mask=True), Cut(True, moving=True), BestFit(), BestFit(window=3)],
+    ids=repr,
+)
 def test_rows_read_together_are_the_rows_read_alone(tmp_path, packing):
     rows = packing.rows(make_store(tmp_path, [9, 0, 30, 5, 5, 17, 40]), 8, PAD)
-    order = [3, 0, len(rows) - 1, 3]
+    order = [3, 0, min(len(rows) - 1, 20), 3]
     together = take(rows, order)
     for name, array in together.items():
         assert array.dtype == (np.float32 if name == "mask" else np.int32)

@@ -88,7 +88,8 @@ def test_a_filtered_source_keeps_what_passes_and_counts_the_rest(tmp_path):
     plain = TextFiles(str(tmp_path))
     docs, counts = run(Filtered(plain))
     assert [found.id for found in docs] == ["good.txt"]
-    assert counts == {"rules_in": len(BAD) + 1, "rules_kept": 1} | {
+    read = {"files_in": len(BAD) + 1, "documents": len(BAD) + 1}  # of `TextFiles`
+    assert counts == {**read, "rules_in": len(BAD) + 1, "rules_kept": 1} | {
         f"rules_dropped_{name}": 1 for name in BAD
     }
     assert Filtered(plain).name == plain.name and Filtered(plain).version() != plain.version()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from glm45_jax.data.sources import Docstrings, PackageDocs, PydocTopics, PythonSources, TextFiles
+from tests.data.common import run
 
 OPTAX = PythonSources(name="site", include=("site",), packages=("optax",))
 OPTAX_PROSE = Docstrings(include=("site",), packages=("optax",))
@@ -63,17 +64,20 @@ def test_a_module_docstring_is_taken_whole_and_stands_first():
     assert checked > 3
 
 
-def test_text_that_is_not_utf8_is_skipped_and_counted(tmp_path, caplog):
+def test_what_a_folder_holds_is_read_or_counted_by_name(tmp_path, caplog):
     (tmp_path / "deep").mkdir()
     (tmp_path / "a.txt").write_text("good", encoding="utf-8")
     (tmp_path / "deep" / "b.txt").write_text("gut, schön", encoding="utf-8")
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\x00bad")
+    (tmp_path / "bad.txt").write_bytes(b"one\n\xff\xfe\x00bad")
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "other.md").write_text("not asked for")
+    (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere")
     with caplog.at_level(logging.INFO):
-        docs = list(TextFiles(str(tmp_path)).docs())
+        docs, counts = run(TextFiles(str(tmp_path)))
     assert [(doc.id, doc.text) for doc in docs] == [("a.txt", "good"), ("deep/b.txt", "gut, schön")]
-    assert "2 files read, 1 skipped as not UTF-8, 1 as blank" in caplog.text
+    dropped = {"dropped_not_utf8": 1, "dropped_blank": 1, "dropped_symlink": 1}
+    assert counts == {"files_in": 5, "documents": 2, **dropped}
+    assert "files: bad.txt:2: dropped_not_utf8" in caplog.text and "broken.txt" in caplog.text
 
 
 def test_an_edited_folder_has_another_version(tmp_path):

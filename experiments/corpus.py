@@ -1,0 +1,315 @@
+"""The corpus of the report (spec section 6, D1-D21) over the text of this machine's packages.
+
+    python -m glm45_jax.data.local --out text
+    python -m glm45_jax.data.pipeline experiments.corpus:recipe --sources text --out corpus
+
+A line a kind of source; what GLM-4.5 leaves open (thresholds, epochs, what teaches a classifier) is
+a CHOICE, UNVERIFIED. Not here, since they need a served model: synthetic reasoning (D18,
+`data/synthetic.py`) and agent trajectories (D20); with an endpoint, `science=Taught(...)` is D14.
+`data(corpus, GENERAL)` makes the lines a run's `Data`, with fill-in-the-middle for code (D10).
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from glm45_jax.data.code_web import CodePages, OfPage, Recall, Tagged
+from glm45_jax.data.decontaminate import Decontaminated
+from glm45_jax.data.fim import WithFim
+from glm45_jax.data.html import HtmlText
+from glm45_jax.data.languages import CodeLanguage, NaturalLanguage, canonical
+from glm45_jax.data.local import Gathered
+from glm45_jax.data.local import sources as local_sources
+from glm45_jax.data.minhash import MinHash
+from glm45_jax.data.outputs import Shards
+from glm45_jax.data.pack import BestFit, Cut
+from glm45_jax.data.pipeline import Corpus, Line
+from glm45_jax.data.prepare import Data
+from glm45_jax.data.quality import Percentiles, Quality, Thresholds
+from glm45_jax.data.reading import DroppedError, Ledger
+from glm45_jax.data.repositories import Repositories, Trees
+from glm45_jax.data.rules import Filtered
+from glm45_jax.data.scorers import Explains, Judge, Learned, Scorer, Words
+from glm45_jax.data.semdedup import SemDedup
+from glm45_jax.data.sources import Doc, Docstrings, PydocTopics, Source, counted, read_utf8
+from glm45_jax.data.steps import HERE, Dedup, Each, Exact, Level, Long, Step
+
+# Lines and their shares of the rows, by stage (D15); all weights UNVERIFIED.
+GENERAL = {"web": 0.6, "prose": 0.15, "multilingual": 0.1, "code_web": 0.05, "code": 0.1}
+CODE_AND_REASONING = {"web": 0.3, "prose": 0.15, "multilingual": 0.05, "code_web": 0.2, "code": 0.3}
+REPOSITORIES = {"repositories": 0.6, "commits": 0.2, "code": 0.2}
+LONG = {"long": 1.0}
+
+FIM_LINES = ("code", "repositories")  # D10
+
+NEAR = (Dedup(Exact()), Dedup(MinHash()), Dedup(SemDedup()))  # D5, D6
+TIERS = (0.0, 1.0, 3.0)  # epochs of low, medium and high (D9, D12)
+LEAST_FILES = 60  # of a programming language that gets a quality model
+
+
+def recipe(
+    folder: str,
+    out: str,
+    *,
+    science: Scorer | None = None,
+    evaluations: tuple[Source, ...] = (),
+) -> Corpus:
+    """The corpus of `folder` (what `data/local.py` built), to be written to `out`.
+
+    science: scores what teaches mathematics and science (D14); None leaves that step out.
+    evaluations: what no document may contain (6.4); () leaves that step out.
+
+    Raises: ValueError when there is no corpus.
+    """
+    kinds = {source.name: source for source in local_sources(folder)}
+    clean: tuple[Step, ...] = ()
+    if evaluations:
+        clean = (Each("decontaminate", Decontaminated(HERE, evaluations)),)
+    noise = (Sampled(kinds["changelogs"], 0.1),)
+    explains = Learned((PydocTopics(), Docstrings()), noise, Explains(), max_docs=3000)
+    books = Learned((_at(out, "prose", "semdedup"),), noise, Words(), max_docs=3000)
+    english = (("en", Quality((explains, books))), ("zh", Quality((explains,))))
+    leveled: tuple[Step, ...] = (Level(english, NaturalLanguage(), name="level"),)  # D2, D3
+    if science is not None:
+        # Before the levels: the last step names a document's bucket. Epochs multiply.
+        up_sampled = Quality((science,), Thresholds((0.5,)), (1.0, 3.0))
+        leveled = (Level(up_sampled, name="science"), *leveled)
+    lines = [Line("prose", (kinds["prose"],), (*NEAR, *clean, *leveled))]
+    if "web" in kinds:
+        pages = _at(out, "pages", "exact")
+        recall = _recall(pages)
+        lines += [
+            Line("pages", (_as_html(kinds["web"]),), (Dedup(Exact()),)),
+            Line("code_web", (pages,), (*_code_web(recall, explains), *clean)),
+            Line("web", (pages,), (Each("text", HtmlText(HERE)), *NEAR[1:], *clean, *leveled)),
+        ]
+    foreign = tuple(kinds[k] for k in ("multilingual", "web_multilingual") if k in kinds)
+    if foreign:
+        lines.append(Line("multilingual", foreign, (*NEAR[:2], *clean, _by_language(explains))))
+    if "code" in kinds:
+        trees = Gathered(folder)
+        lines += [
+            Line("code", (Files(trees),), (*_code(trees, _at(out, "code", "minhash")), *clean)),
+            Line(
+                "repositories",
+                (Repositories(trees, name="repositories"),),  # D16
+                (Dedup(Exact()), *clean),
+            ),
+        ]
+    if "commits" in kinds:
+        lines.append(Line("commits", (kinds["commits"],), (*NEAR[:2], *clean, _commits(explains))))
+    last = {line.name: line.names[-1] for line in lines}
+    texts = tuple(_at(out, name, last[name]) for name in ("prose", "web") if name in last)
+    lines.append(Line("long", texts, (Long(),)))  # D19
+    return Corpus(out, tuple(lines))
+
+
+def data(corpus: Corpus, mixture: Mapping[str, float], **fields: Any) -> Data:
+    """What a stage reads. Text that stands in two lines is read in the one named later here.
+
+    fields: of `Data`. Repositories and long documents are packed whole (D21).
+
+    Raises: ValueError for a line that the corpus has not.
+    """
+    found: list[tuple[Source, float]] = []
+    for name in reversed(tuple(mixture)):
+        output = corpus.output(name)
+        found.append((WithFim(output) if name in FIM_LINES else output, mixture[name]))
+    whole = "repositories" in mixture or "long" in mixture
+    return Data(tuple(found), packing=BestFit() if whole else Cut(), **fields)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of repositories that are in a known language, one document each."""
+
+    trees: Trees
+    max_bytes: int = 2**24
+    name: str = "files"
+
+    def docs(self) -> Generator[Doc, None, dict[str, int]]:
+        """By repository and path; returns counts: files_in, dropped_* by reason."""
+        ledger, language = Ledger(self.name, "files_in"), CodeLanguage()
+        for file in self.trees.files():
+            ledger.counts["files_in"] += 1
+            doc = Doc(f"{file.repo}/{file.id}", "", self.name, file.meta())
+            try:
+                language.of(doc)
+                text = read_utf8(file.path, self.max_bytes)
+            except DroppedError as error:
+                ledger.drop(error, doc.id)
+                continue
+            yield replace(doc, text=text)
+        return ledger.report()
+
+    def version(self) -> str:
+        """Of the files."""
+        return f"{self.trees.version()} {CodeLanguage().version()}"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A share of the documents of a source, chosen by hash."""
+
+    source: Source
+    share: float
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name of the source inside."""
+        return self.source.name
+
+    def docs(self) -> Generator[Doc, None, dict[str, int]]:
+        """In their order."""
+        inner: dict[str, int] = {}
+        for doc in counted(self.source, inner):
+            digest = hashlib.sha256(f"{self.seed}\0{doc.id}".encode("utf-8", "surrogatepass"))
+            if int.from_bytes(digest.digest()[:8]) < self.share * 2**64:
+                yield doc
+        return inner
+
+    def version(self) -> str:
+        """That of the source inside."""
+        return self.source.version()
+
+
+@dataclass(frozen=True)
+class Commented:
+    """The third of the files of one language with the most comments among the lines, or the least.
+
+    What teaches the quality model of a language where nobody labelled files (D9).
+    """
+
+    source: Source
+    language: str
+    most: bool
+
+    @property
+    def name(self) -> str:
+        """Of the language and the side."""
+        return f"{self.language}_{'most' if self.most else 'least'}"
+
+    def docs(self) -> Iterator[Doc]:
+        """In their order; reads the source twice."""
+        shares = sorted((commented_share(doc.text), doc.id) for doc in self._files())
+        third = -(-len(shares) // 3)
+        chosen = {doc_id for _, doc_id in (shares[-third:] if self.most else shares[:third])}
+        yield from (doc for doc in self._files() if doc.id in chosen)
+
+    def _files(self) -> Iterator[Doc]:
+        groups = CodeLanguage()
+        return (doc for doc in self.source.docs() if groups.of(doc).name == self.language)
+
+    def version(self) -> str:
+        """Of the source inside and of the names of languages."""
+        return f"{self.source.version()} {CodeLanguage().version()}"
+
+
+@dataclass(frozen=True)
+class OfMessage:
+    """A scorer of texts that scores the message of a commit, without its diff."""
+
+    scorer: Scorer
+
+    def classifier(self) -> Judge:
+        """The classifier inside, before the diff."""
+        return _MessageJudge(self.scorer.classifier())
+
+    def version(self) -> str:
+        """That of the scorer inside."""
+        return self.scorer.version()
+
+
+@dataclass(frozen=True)
+class _MessageJudge:
+    judge: Judge
+
+    def score(self, text: str) -> float:
+        ends = (text.find(mark) for mark in ("\ndiff --git ", "\n--- "))
+        return self.judge.score(text[: min((end for end in ends if end >= 0), default=None)])
+
+
+def commented_share(text: str) -> float:
+    """Share of the lines with text that are comments or stand in a docstring."""
+    lines = [line for each in text.split("\n") if (line := each.strip())]
+    inside, found = False, 0
+    for line in lines:
+        marks = line.count('"""') + line.count("'''")
+        found += inside or marks > 0 or line.startswith(("#", "//", "/*", "* ", "--", ";"))
+        inside ^= marks % 2 == 1
+    return found / max(len(lines), 1)
+
+
+def _at(out: str, line: str, step: str) -> Shards:
+    return Shards(str(Path(out) / line / step), line)
+
+
+def _as_html(source: Source) -> Source:
+    """`data/local.py` gives pages as text; the steps here want them as they are."""
+    assert isinstance(source, HtmlText)
+    return source.source
+
+
+def _recall(pages: Source) -> Recall:
+    """D11: a tag, or a classifier that pages with tags taught."""
+    some = Sampled(pages, 0.1)  # every reading parses all pages
+    return Recall(Learned((Tagged(some, True),), (Tagged(some, False),), max_docs=2000))
+
+
+def _code_web(recall: Recall, quality: Scorer) -> tuple[Step, ...]:
+    """D11, D12 and D13, then duplicates."""
+    return (
+        Each("recall", CodePages(HERE, recall)),
+        Level(Quality((OfPage(quality),), Thresholds((0.3, 0.7)), TIERS), name="tiers"),
+        Each("parse", HtmlText(HERE)),
+        *NEAR[1:],
+    )
+
+
+def _by_language(utility: Scorer) -> Level:
+    """D7: the better half of each language is read twice, the worst tenth not at all.
+
+    The scorer's measures (but for English connectives) hold in any language, so it is asked for
+    the order within one; a classifier of each language's own goes in here.
+    """
+    quality = Quality((utility,), Percentiles((0,) * 2 + (1,) * 8 + (2,) * 10), (0.0, 1.0, 2.0))
+    codes = sorted({code for label in LANGUAGES if (code := canonical(label))})
+    return Level(tuple((code, quality) for code in codes), NaturalLanguage())
+
+
+LANGUAGES = "cs da de el es fi fr hr hu id it ja ko nb nl pl pt ro ru sl sr sv tr uk vi zh".split()
+
+
+def _code(trees: Trees, before: Source) -> tuple[Step, ...]:
+    """D8 and D9: rules, duplicates, three tiers by the model of each language."""
+    models = []
+    for language in _languages(trees):
+        good, bad = Commented(before, language, True), Commented(before, language, False)
+        model = Learned((good,), (bad,), Words(n=1, bits=16), max_docs=1000)
+        models.append((language, Quality((model,), Thresholds((0.3, 0.7)), TIERS)))
+    return (
+        Each("rules", Filtered(HERE)),
+        *NEAR[:2],
+        Level(tuple(models), CodeLanguage(), name="tiers"),
+    )
+
+
+def _languages(trees: Trees) -> tuple[str, ...]:
+    """Those with enough files to learn from."""
+    found: Counter[str] = Counter()
+    for file in trees.files():
+        try:
+            found[CodeLanguage().of(Doc(file.id, "", "", file.meta())).name] += 1
+        except DroppedError:
+            continue
+    return tuple(sorted(language for language, n in found.items() if n >= LEAST_FILES))
+
+
+def _commits(quality: Scorer) -> Level:
+    """D17, the model filter: the quarter whose messages explain least is dropped."""
+    cut = Percentiles((0,) * 5 + (1,) * 15)
+    return Level(Quality((OfMessage(quality),), cut, (0.0, 1.0)), name="filter")

@@ -1,0 +1,1 @@
+"""Tasks, worlds that answer, rewards, and the sandbox that code runs in."""

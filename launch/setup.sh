@@ -186,5 +186,9 @@ else
 fi
 say "installing $(grep -c '==' requirements.txt) packages into .venv, up to 3.8 GB on disk; two minutes or five"
 pip_install -r requirements.txt
+if ! "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-check -r requirements-gym.txt; then
+  say "WITHOUT reasoning-gym (pip's words are above): its pycosat wants a C compiler and Python's headers; its tests are"
+  say "skipped. Install them (apt-get install gcc python3-dev), touch requirements-gym.txt, and run again"
+fi
 pip_install -e . --no-deps --no-build-isolation # builds with the pinned setuptools
 say "ready after $SECONDS s: .venv/bin/python"

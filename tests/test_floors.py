@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     (
         *("params", "sharding", "values", "integrity", "streamed", "checkpoint"),
-        *("metrics", "tokenizer", "chat"),
+        *("metrics", "hosts", "tokenizer", "chat"),
     ),
     ("kernels", "optim"),
     ("model", "data", "envs"),

@@ -18,21 +18,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from glm45_jax import metrics, values
+from glm45_jax import hosts, metrics, values
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data import ngram
-from glm45_jax.data.prepare import Data, Prepared, prepare
-from glm45_jax.data.prepare import rows as data_rows
+from glm45_jax.data.prepare import Data, Prepared
+from glm45_jax.data.sft import Chats, prepare_any, prompt_ids, rows_of_any
 from glm45_jax.data.types import Batch
 from glm45_jax.model import cost
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.optim.mixed import AdamW
 from glm45_jax.optim.muon import Muon
 from glm45_jax.optim.schedules import Constant
+from glm45_jax.rl import run as rl_run
+from glm45_jax.rl.config import Rl
+from glm45_jax.rl.loop import Outcome as RlOutcome
 from glm45_jax.rollout.sampling import generate
 from glm45_jax.sharding import MeshShape, Rules
 from glm45_jax.start import FromHF, FromRun, Scratch, check_tokenizer, initial
-from glm45_jax.tokenizer import END_OF_TEXT
 from glm45_jax.train.loop import Outcome, Validate, resume, run_steps
 from glm45_jax.train.parallel import Pmap, Recipe, Trainer, make_trainer
 from glm45_jax.train.report import write_report
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 MAX_PADDING_ROWS = 1024  # of the embedding beyond the tokenizer's ids; the released table has 187
 # What may change in a workdir that goes on.
 MAY_CHANGE = ("mesh", "rules", "train.log_every", "train.save_every", "train.keep")
+RL_MAY_CHANGE = ("train.steps", "rl.evaluation", "rl.serving", "rl.most_dropped")
 
 
 class BadInput(ValueError):
@@ -68,13 +71,14 @@ class Experiment:
 
     mesh: `MeshShape` for jit on a mesh, `Pmap` for pmap on this host. stages: a run of several
     stages; each sets the sequence length, mixture, packing, batch, RoPE base, bias rate and MTP
-    weight that `data`, `train` and `model` otherwise say (see `Experiment.of`). rl and evals belong
-    to later loops.
+    weight that `data`, `train` and `model` otherwise say (see `Experiment.of`). rl: of runs of the
+    second loop, whose `run` is `run_rl`; train.steps are its batches then, train.rows what a batch
+    of packed rows is a multiple of. evals belong to a later loop.
     """
 
     name: str
     model: ModelConfig
-    data: Data
+    data: Data | Chats
     optim: Muon | AdamW
     train: Train
     mesh: MeshShape | Pmap = MeshShape()
@@ -83,9 +87,9 @@ class Experiment:
     report: Report = Report()
     seed: int = 0
     stages: tuple[Stage, ...] = ()
-    rl: None = None
+    rl: Rl | None = None
     evals: tuple[Any, ...] = ()
-    run: Callable[[Experiment, pathlib.Path], Outcome] = dataclasses.field(
+    run: Callable[[Experiment, pathlib.Path], Outcome | RlOutcome] = dataclasses.field(
         default_factory=lambda: run_training
     )
 
@@ -98,6 +102,8 @@ class Experiment:
             )
         if self.stages:
             self._check_stages()
+        if self.rl is not None:
+            self.rl.check_row(self.data.seq_len)
         for _, rows in self.batch_sizes():
             self.train.accum(rows)
 
@@ -180,6 +186,27 @@ def run_training(exp: Experiment, workdir: pathlib.Path) -> Outcome:
     return outcome
 
 
+def run_rl(exp: Experiment, workdir: pathlib.Path) -> RlOutcome:
+    """Samples and trains batch by batch, resuming where `workdir` holds this experiment; a cold
+    start comes before it, in a workdir of its own. Raises: BadInput, as `run_training`.
+    """
+    try:
+        _check_claim(exp, workdir)
+        tokenizer, updater = rl_run.tokenizer_of(exp, workdir), rl_run.updater_of(exp)
+        check_tokenizer(exp, tokenizer)
+    except (ValueError, FileNotFoundError) as error:
+        raise BadInput(str(error)) from error
+    _write_claim(exp, workdir)
+    begin = functools.partial(_begin_rl, exp, workdir)
+    return rl_run.run(exp, workdir, tokenizer=tokenizer, updater=updater, initial=begin)[1]
+
+
+def _begin_rl(exp: Experiment, workdir: pathlib.Path, trainer: Trainer) -> TrainState:
+    if (folder := rl_run.cold_start(exp, workdir, run_training)) is not None:
+        exp = dataclasses.replace(exp, init=FromRun(folder))
+    return initial(exp, trainer)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Leg:
     """A span of the run with what it trains with. validations: fixed rows by length."""
@@ -209,13 +236,13 @@ def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
     _check_claim(exp, workdir)
     used = [span for span in exp.spans if span.first_step < exp.train.steps]
     trainers = [_trainer(exp.of(span), span) for span in used]
-    prepared = prepare(exp.data, workdir / "data")
+    prepared = hosts.first_then_others(lambda: prepare_any(exp.data, workdir / "data"), "prepared")
     check_tokenizer(exp, prepared.tokenizer)
     validations = _validations(exp, prepared, trainers[0])
+    sources = _sources(exp, prepared, used)
     legs = [
-        _Leg(span, sub, trainer, _source(sub, prepared, span), validations)
-        for span, trainer in zip(used, trainers, strict=True)
-        for sub in (exp.of(span),)
+        _Leg(span, exp.of(span), trainer, source, validations)
+        for span, trainer, source in zip(used, trainers, sources, strict=True)
     ]
     checkpoints = Checkpoints(workdir / "checkpoints", keep=exp.train.keep)
     resumed = resume(trainers[0], checkpoints)
@@ -241,10 +268,36 @@ def _trainer(exp: Experiment, span: Span) -> Trainer:
     return trainer
 
 
-def _source(exp: Experiment, prepared: Prepared, span: Span) -> Any:
-    """Batches of one stage by the steps of the run; each stage has an order of its own."""
-    seed = exp.seed + span.first_step
-    return _loader(exp, prepared, "train", seed, span.rows)
+def _sources(exp: Experiment, prepared: Prepared, used: list[Span]) -> list[Any]:
+    """Batches of every stage by the steps of the run.
+
+    A stage whose rows are made as those of an earlier one goes on where that one stopped, source by
+    source; other rows have an order of their own.
+    """
+    numbers = {source.name: number for number, (source, _) in enumerate(exp.data.sources)}
+    seeds: dict[Any, int] = {}
+    drawn: dict[Any, int] = {}
+    found = []
+    for span in used:
+        sub = exp.of(span)
+        kind: tuple[Any, ...] = (sub.data.seq_len, sub.data.packing)
+        own = [numbers[source.name] for source, _ in sub.data.sources]
+        if getattr(sub.data.packing, "window", None) is not None:
+            # All sources are packed together: as one, which other weights make another one.
+            kind, own = (*kind, tuple((s.name, weight) for s, weight in sub.data.sources)), [0]
+        loader = _loader(
+            sub,
+            prepared,
+            "train",
+            seeds.setdefault(kind, exp.seed + span.first_step),
+            span.rows,
+            numbers=own,
+            drawn=[drawn.get((kind, number), 0) for number in own],
+        )
+        for number, rows in zip(own, loader.rows_drawn(span.end_step), strict=True):
+            drawn[kind, number] = rows
+        found.append(loader)
+    return found
 
 
 def _validations(exp: Experiment, prepared: Prepared, trainer: Trainer) -> dict[int, Batch]:
@@ -285,6 +338,7 @@ def _check_claim(exp: Experiment, workdir: pathlib.Path) -> None:
     old = values.from_json(json.loads(path.read_text()))
     longer = old.stages and old.stages == exp.stages[: len(old.stages)]
     may_change = (*MAY_CHANGE, *(("name", "stages", "train.steps") if longer else ()))
+    may_change += RL_MAY_CHANGE if exp.rl is not None else ()
     differ = [
         f"{key}: {there!r} there, {here!r} here"
         for key, there, here in values.diff(old, exp)
@@ -303,7 +357,7 @@ def _write_claim(exp: Experiment, workdir: pathlib.Path) -> None:
         (workdir / "experiment.json").write_text(json.dumps(values.to_json(exp), indent=1))
 
 
-def _packed(data: Data) -> bool:
+def _packed(data: Data | Chats) -> bool:
     """False where every row is one document to the model: joined and cut, without a document
     mask.
     """
@@ -316,15 +370,17 @@ def _loader(
     split: str,
     seed: int,
     span: Callable[[int], tuple[int, int]],
+    **going_on: Any,
 ) -> Any:
-    from glm45_jax.data.loader import Loader  # grain is not on every machine that trains
+    from glm45_jax.data.loader import Loader
 
     return Loader(
-        data_rows(exp.data, prepared, split),
+        rows_of_any(exp.data, prepared, split),
         seed=seed,
         span=span,
         host=(jax.process_index(), jax.process_count()),
         fingerprint=prepared.fingerprint,
+        **going_on,
     )
 
 
@@ -431,11 +487,11 @@ def _samples(ready: _Ready, state: TrainState) -> list[tuple[str, str]]:
     params = ready.legs[-1].trainer.save_view(state).params
     ids = generate(
         params,
-        [tokenizer.encode(text) for text in exp.report.prompts],
+        [prompt_ids(exp.data, tokenizer, text) for text in exp.report.prompts],
         cfg=ready.legs[-1].exp.model,
         max_tokens=exp.report.max_tokens,
         temperature=exp.report.temperature,
-        stop=(tokenizer.id_of(END_OF_TEXT),),
+        stop=tokenizer.stop_ids,
         key=jax.random.key(exp.seed),
     )
     return [

@@ -16,7 +16,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-BAD_INPUT, NOT_FINITE, STOPPED = 2, 3, 128 + 15  # exit codes; the last is that of SIGTERM
+# Exit codes; the last is that of SIGTERM.
+BAD_INPUT, NOT_FINITE, GATE, STARVED, STOPPED = 2, 3, 4, 5, 128 + 15
 
 log = logging.getLogger("glm45_jax")
 
@@ -46,12 +47,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input, 3 a step was not finite, 143 stopped by a signal with a
-    checkpoint saved.
+    """Exit code: 0 done, 2 bad input, 3 a step was not finite, 4 engine and trainer of an RL run
+    disagree, 5 its sampling came to no batch, 143 stopped by a signal with a checkpoint saved.
     """
     args = parser().parse_args(argv)
     _use_compile_cache()
-    from glm45_jax import metrics, plan, values
+    from glm45_jax import hosts, metrics, plan, values
     from glm45_jax.experiment import BadInput
 
     metrics.setup_logging()
@@ -64,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 "--workdir is missing; name a folder for checkpoints, metrics and the report"
             )
+        hosts.join()
     except ValueError as error:
         return _refuse(error)
     try:
         outcome = experiment.run(experiment, args.workdir)
     except BadInput as error:
         return _refuse(error)
-    if outcome.why == "not finite":
-        return NOT_FINITE
-    return STOPPED if outcome.why == "stopped" else 0
+    codes = {"not finite": NOT_FINITE, "gate": GATE, "starved": STARVED, "stopped": STOPPED}
+    return codes.get(outcome.why, 0)
 
 
 def find(name: str):

@@ -358,6 +358,8 @@ def _shown(scalars: Mapping[str, float]) -> Sequence[str]:
     named = [name for name in ("ce", "mtp", "balance") if f"loss/{name}" in scalars]
     if named:
         parts.append(f"({', '.join(f'{name} {scalars[f"loss/{name}"]:.3f}' for name in named)})")
+    if "reward" in scalars:
+        parts.append(f"reward {scalars['reward']:.3f}")
     if "val/loss" in scalars:
         parts.append(f"val {scalars['val/loss']:.4f}")
     if "tokens_per_s" in scalars:

@@ -41,6 +41,7 @@ def table(exp: Any) -> str:
         f"{flops:.3g} in all",
         f"devices      {exp.devices():,} as {exp.mesh}",
         *_experts(exp),
+        *_rl(exp),
         "memory a device, GiB (E: estimate)" + (", of the largest stage" if exp.stages else ""),
         *(f"  {term:<24}{size / 2**30:10.3f}" for term, size in worst.items()),
     ]
@@ -96,6 +97,22 @@ def _experts(exp: Any) -> list[str]:
     tpu, gpu = (asked or default_exchange(size, top_k, on)[0] for on in ("tpu", "gpu"))
     how = f"{gpu}" if tpu == gpu else f"{gpu}, on TPU {tpu}"
     return [f"experts      {exp.model.moe.experts // size} on each of {size} devices, by {how}"]
+
+
+def _rl(exp: Any) -> list[str]:
+    """What an RL run samples, and how."""
+    rl = exp.rl
+    if rl is None:
+        return []
+    name = getattr(rl.world, "__qualname__", repr(rl.world))
+    return [
+        f"batch        {rl.groups:,} prompts x {rl.samples} samples of up to "
+        f"{rl.sampling.max_tokens:,} tokens at temperature {rl.sampling.temperature:g}, "
+        f"{rl.updates} updates",
+        f"world        {name}",
+        f"mode         {rl.mode}; {rl.serving.slots} slots, {rl.serving.pages:,} pages of "
+        f"{rl.serving.page} tokens an engine",
+    ]
 
 
 def _short(n: float) -> str:

@@ -3,6 +3,7 @@ that is wrong.
 """
 
 import dataclasses
+import inspect
 import json
 import os
 import pathlib
@@ -139,6 +140,12 @@ def test_a_missing_workdir_function_or_module_is_refused(capsys):
     assert "is not module:function" in refused(capsys, "experiments.pretrain", "--dry-run")
 
 
+def needs_arguments(function):
+    """Whether it makes something else, say a corpus of a folder."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
+
+
 def all_experiments():
     for path in sorted((ROOT / "experiments").glob("*.py")):
         if path.stem != "__init__":
@@ -150,6 +157,7 @@ def all_experiments():
                     and callable(function)
                     and not name.startswith("_")
                     and isinstance(function, type(all_experiments))
+                    and not needs_arguments(function)
                 ):
                     yield f"{module.__name__}:{name}"
 

@@ -81,9 +81,8 @@ def layer(case: Case, mesh: Mesh, rules: Rules) -> Contender:
     def step(p, x_BTD, g_BTD):
         def scalar(p, x_BTD):
             p = jax.tree.map(lambda w: w[0], p)
-            impl = dict(impl_route="auto", impl_matmul="auto")
             with sharding.use(mesh, rules):
-                out = cfg.moe(p, x_BTD, segments_BT=None, **impl)
+                out = cfg.moe(p, x_BTD, segments_BT=None, impl_route="auto", impl_matmul="auto")
             return (out.y_BTD.astype(jnp.float32) * g_BTD.astype(jnp.float32)).sum(), out.spilled
 
         return jax.value_and_grad(scalar, argnums=(0, 1), has_aux=True)(p, x_BTD)

@@ -267,14 +267,14 @@ def make_tokens(file: Path, vocab: int) -> None:
     of this machine, documents in random order.
     """
     from experiments import pretrain
-    from glm45_jax.data.prepare import prepare
+    from glm45_jax.data.sft import prepare_any
     from glm45_jax.data.sources import PackageDocs, PydocTopics, PythonSources
 
     sources = (PythonSources(include=("stdlib", "site")), PydocTopics(), PackageDocs())
     shares = tuple((source, 1.0) for source in sources)
     data = dataclasses.replace(pretrain.mini().data, sources=shares, vocab=vocab)
     with tempfile.TemporaryDirectory() as folder:
-        stores = prepare(data, Path(folder)).train.values()
+        stores = prepare_any(data, Path(folder)).train.values()
         docs = [doc for store in stores for doc in _documents(store)]
     order = np.random.default_rng(0).permutation(len(docs))
     tokens_N = np.concatenate([docs[i] for i in order]).astype(np.int32)

@@ -18,29 +18,44 @@ CHUNK_ELEMENTS = 2**27  # of logits that live at once: 512 MiB in float32
 
 
 def token_nll(
-    h_MD: jax.Array, w_DV: jax.Array, target_M: jax.Array, *, impl: str = "auto"
+    h_MD: jax.Array,
+    w_DV: jax.Array,
+    target_M: jax.Array,
+    *,
+    impl: str = "auto",
+    scale_M: jax.Array | None = None,
 ) -> jax.Array:
     """-log softmax(h @ w)[target], float32 [M]. Products in the dtype of h, accumulated in float32.
 
-    Differentiable in h and w; targets outside [0, V) are the caller's error. Source: spec 2.5.
+    Differentiable in h and w; targets outside [0, V) are the caller's error. scale_M: float32,
+    without a gradient, that each token's logits are multiplied by: 1 / temperature.
+    Source: spec 2.5.
     """
-    return pick("cross_entropy", IMPLS, impl, h_MD, w_DV, target_M)(h_MD, w_DV, target_M)
+    nll = pick("cross_entropy", IMPLS, impl, h_MD, w_DV, target_M)
+    return nll(h_MD, w_DV, target_M, scale_M=scale_M)
 
 
-def reference(h_MD: jax.Array, w_DV: jax.Array, target_M: jax.Array) -> jax.Array:
+def reference(
+    h_MD: jax.Array, w_DV: jax.Array, target_M: jax.Array, scale_M: jax.Array | None = None
+) -> jax.Array:
     """The definition, with all logits in memory."""
-    logits_MV = _product(h_MD, w_DV.astype(h_MD.dtype))
+    logits_MV = _product(h_MD, w_DV.astype(h_MD.dtype), scale_M)
     picked_M = jnp.take_along_axis(logits_MV, target_M[:, None], axis=1)[:, 0]
     return jax.nn.logsumexp(logits_MV, axis=1) - picked_M
 
 
 def chunked(
-    h_MD: jax.Array, w_DV: jax.Array, target_M: jax.Array, chunk: int | None = None
+    h_MD: jax.Array,
+    w_DV: jax.Array,
+    target_M: jax.Array,
+    chunk: int | None = None,
+    scale_M: jax.Array | None = None,
 ) -> jax.Array:
     """`reference` over chunks of the vocabulary with an online log-sum-exp and a backward of its
     own.
     """
-    return _chunked(min(chunk or chunk_words(h_MD.shape[0]), w_DV.shape[1]), h_MD, w_DV, target_M)
+    chunk = min(chunk or chunk_words(h_MD.shape[0]), w_DV.shape[1])
+    return _chunked(chunk, h_MD, w_DV, target_M, scale_M)
 
 
 def chunk_words(tokens: int) -> int:
@@ -49,16 +64,16 @@ def chunk_words(tokens: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(chunk, h_MD, w_DV, target_M):
-    return _chunked_fwd(chunk, h_MD, w_DV, target_M)[0]
+def _chunked(chunk, h_MD, w_DV, target_M, scale_M):
+    return _chunked_fwd(chunk, h_MD, w_DV, target_M, scale_M)[0]
 
 
-def _chunked_fwd(chunk, h_MD, w_DV, target_M):
+def _chunked_fwd(chunk, h_MD, w_DV, target_M, scale_M):
     M = h_MD.shape[0]
 
     def one(carry, i):
         top_M, sum_M, picked_M = carry
-        logits_MC, word_C, new_C = _logits(h_MD, w_DV, i, chunk)
+        logits_MC, word_C, new_C = _logits(h_MD, w_DV, i, chunk, scale_M)
         logits_MC = jnp.where(new_C[None, :], logits_MC, -jnp.inf)
         higher_M = jnp.maximum(top_M, logits_MC.max(axis=1))
         sum_M = sum_M * jnp.exp(top_M - higher_M) + jnp.exp(logits_MC - higher_M[:, None]).sum(
@@ -72,18 +87,19 @@ def _chunked_fwd(chunk, h_MD, w_DV, target_M):
     start = (jnp.full(M, -jnp.inf, jnp.float32), zero_M, zero_M)
     (top_M, sum_M, picked_M), _ = jax.lax.scan(one, start, _chunk_ids(w_DV, chunk))
     lse_M = top_M + jnp.log(sum_M)
-    return lse_M - picked_M, (h_MD, w_DV, target_M, lse_M)
+    return lse_M - picked_M, (h_MD, w_DV, target_M, scale_M, lse_M)
 
 
 def _chunked_bwd(chunk, saved, g_M):
-    h_MD, w_DV, target_M, lse_M = saved
+    h_MD, w_DV, target_M, scale_M, lse_M = saved
+    slope_M = g_M if scale_M is None else g_M * scale_M
 
     def one(carry, i):
         dh_MD, dw_DV = carry
-        logits_MC, word_C, new_C = _logits(h_MD, w_DV, i, chunk)
+        logits_MC, word_C, new_C = _logits(h_MD, w_DV, i, chunk, scale_M)
         p_MC = jnp.exp(logits_MC - lse_M[:, None])
         hit_MC = (word_C[None, :] == target_M[:, None]).astype(jnp.float32)
-        d_MC = ((p_MC - hit_MC) * g_M[:, None] * new_C[None, :].astype(jnp.float32)).astype(
+        d_MC = ((p_MC - hit_MC) * slope_M[:, None] * new_C[None, :].astype(jnp.float32)).astype(
             h_MD.dtype
         )  # products in h's dtype
         first = word_C[0]
@@ -98,7 +114,8 @@ def _chunked_bwd(chunk, saved, g_M):
 
     start = (jnp.zeros(h_MD.shape, jnp.float32), jnp.zeros(w_DV.shape, jnp.float32))
     (dh_MD, dw_DV), _ = jax.lax.scan(one, start, _chunk_ids(w_DV, chunk))
-    return dh_MD.astype(h_MD.dtype), dw_DV.astype(w_DV.dtype), None
+    none = None if scale_M is None else jnp.zeros_like(scale_M)
+    return dh_MD.astype(h_MD.dtype), dw_DV.astype(w_DV.dtype), None, none
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
@@ -108,7 +125,7 @@ def _chunk_ids(w_DV: jax.Array, chunk: int) -> jax.Array:
     return jnp.arange(-(-w_DV.shape[1] // chunk), dtype=jnp.int32)
 
 
-def _logits(h_MD, w_DV, i, chunk):
+def _logits(h_MD, w_DV, i, chunk, scale_M):
     """Logits of chunk i, its words, and which of them no earlier chunk held: the last chunk is
     moved back to end at V.
     """
@@ -116,11 +133,12 @@ def _logits(h_MD, w_DV, i, chunk):
     first = jnp.minimum(i * chunk, V - chunk)
     word_C = first + jnp.arange(chunk, dtype=jnp.int32)
     w_DC = jax.lax.dynamic_slice_in_dim(w_DV, first, chunk, axis=1).astype(h_MD.dtype)
-    return _product(h_MD, w_DC), word_C, word_C >= i * chunk
+    return _product(h_MD, w_DC, scale_M), word_C, word_C >= i * chunk
 
 
-def _product(h_MD, w_DC):
-    return jnp.einsum("md,dc->mc", h_MD, w_DC, preferred_element_type=jnp.float32)
+def _product(h_MD, w_DC, scale_M):
+    logits_MC = jnp.einsum("md,dc->mc", h_MD, w_DC, preferred_element_type=jnp.float32)
+    return logits_MC if scale_M is None else logits_MC * jax.lax.stop_gradient(scale_M)[:, None]
 
 
 IMPLS = (

@@ -38,16 +38,27 @@ def route(
     norm_topk: bool = True,
     scale: float = 1.0,
     impl: str = "auto",
+    routes_MA: jax.Array | None = None,
 ) -> Routing:
     """The `top_k` experts of the largest sigmoid(logit) + bias, gated by the unbiased sigmoid.
 
     Gradients flow to the logits through the gates alone; the bias has none. Source: spec 2.3 steps
     2-7.
+
+    routes_MA: integers, experts that another router chose (routing replay, spec 8). A token goes
+    there, with the gates that this router gives them; where any is negative it chooses itself.
+    The A experts of a token must differ: buffers of the exchanges count on that.
     """
     kwargs = dict(
         top_k=top_k, groups=groups, top_groups=top_groups, norm_topk=norm_topk, scale=scale
     )
-    return pick("routing", IMPLS, impl, logits_ME, bias_E, **kwargs)(logits_ME, bias_E, **kwargs)
+    own = pick("routing", IMPLS, impl, logits_ME, bias_E, **kwargs)(logits_ME, bias_E, **kwargs)
+    if routes_MA is None:
+        return own
+    routes_MA = routes_MA.astype(jnp.int32)
+    known_M1 = (routes_MA >= 0).all(axis=1, keepdims=True)
+    expert_MA = jnp.where(known_M1, routes_MA, own.expert_MA)
+    return _sent_to(expert_MA, jax.nn.sigmoid(logits_ME.astype(jnp.float32)), norm_topk, scale)
 
 
 def reference(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) -> Routing:
@@ -56,11 +67,16 @@ def reference(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale)
     choice_ME = jax.lax.stop_gradient(score_ME + bias_E[None, :].astype(jnp.float32))
     choice_ME = keep_groups(choice_ME, groups=groups, top_groups=top_groups)
     _, expert_MA = jax.lax.top_k(choice_ME, top_k)
+    return _sent_to(expert_MA, score_ME, norm_topk, scale)
+
+
+def _sent_to(expert_MA, score_ME, norm_topk, scale) -> Routing:
+    """Tokens sent to these experts, gated by these scores."""
     gate_MA = jnp.take_along_axis(score_ME, expert_MA, axis=-1)
     if norm_topk:
         gate_MA = gate_MA / (gate_MA.sum(axis=-1, keepdims=True) + 1e-20)
     order_R = jnp.argsort(expert_MA.reshape(-1), stable=True).astype(jnp.int32)
-    return Routing(expert_MA, gate_MA * scale, order_R, count_rows(expert_MA, logits_ME.shape[-1]))
+    return Routing(expert_MA, gate_MA * scale, order_R, count_rows(expert_MA, score_ME.shape[-1]))
 
 
 def keep_groups(choice_ME: jax.Array, *, groups: int, top_groups: int) -> jax.Array:

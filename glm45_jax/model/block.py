@@ -72,10 +72,16 @@ def block_specs(cfg: ModelConfig, layers: int, *, dense: bool) -> Block:
 
 
 def block(
-    p: Block, x_BTD: jax.Array, flow: Flow, *, cfg: ModelConfig, cache: LayerCache | None = None
+    p: Block,
+    x_BTD: jax.Array,
+    flow: Flow,
+    *,
+    cfg: ModelConfig,
+    cache: LayerCache | None = None,
+    routes_BTA: jax.Array | None = None,
 ) -> tuple[jax.Array, BlockOut]:
     """x + mixer(norm x), then + ffn(norm x). Returns the residual stream [B, T, D] and the layer's
-    `BlockOut`.
+    `BlockOut`. routes_BTA: experts of a MoE layer chosen elsewhere.
     """
     mixed_BTD, cache = cfg.mixer(
         p.mixer,
@@ -100,6 +106,7 @@ def block(
             segments_BT=flow.segments_BT,
             impl_route=cfg.impl.routing,
             impl_matmul=cfg.impl.grouped_matmul,
+            routes_BTA=routes_BTA,
         )
         y_BTD, out = moe.y_BTD, BlockOut(moe.load_E, moe.balance_B, moe.logits_BTE, cache)
     x_BTD = x_BTD + checkpoint_name(y_BTD, "ffn_out")
@@ -115,25 +122,27 @@ def stack(
     cache: LayerCache | None = None,
     first: int = 0,
     keep_logits: bool = True,
+    routes_LBTA: jax.Array | None = None,
 ) -> tuple[jax.Array, BlockOut]:
     """Layers one after another; `BlockOut` leaves gain a leading L, but for the cache, which is
     that of all layers. Router logits are dropped unless kept.
 
-    first: the number of the first of these layers in the cache.
+    first: the number of the first of these layers in the cache. routes_LBTA: experts of each of
+    them (MoE layers) chosen elsewhere.
     """
 
     def one(carry, layer):
         x_BTD, cache = carry
-        p, at = layer
+        p, at, routes_BTA = layer
         cache = None if cache is None else cache.replace(layer=at)
-        x_BTD, out = block(p, x_BTD, flow, cfg=cfg, cache=cache)
+        x_BTD, out = block(p, x_BTD, flow, cfg=cfg, cache=cache, routes_BTA=routes_BTA)
         out = out if keep_logits else out.replace(logits_BTE=None)
         return (x_BTD, out.cache), out.replace(cache=None)
 
     if cfg.remat != "none" and cache is None:
         one = jax.checkpoint(one, policy=POLICIES[cfg.remat], prevent_cse=False)
     at_L = first + jnp.arange(p.norm_ffn_D.shape[0], dtype=jnp.int32)
-    (x_BTD, cache), out = jax.lax.scan(one, (x_BTD, cache), (p, at_L))
+    (x_BTD, cache), out = jax.lax.scan(one, (x_BTD, cache), (p, at_L, routes_LBTA))
     return x_BTD, out.replace(cache=cache)
 
 

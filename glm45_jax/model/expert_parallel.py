@@ -126,22 +126,22 @@ def mixture(
     weights: ExpertWeights,
     *,
     top_k: int,
-    route: Callable[[jax.Array, jax.Array], Routing],
+    route: Callable[..., Routing],
     matmul: Matmul,
+    routes_BTA: jax.Array | None = None,
 ) -> Mixed:
     """The routed experts of every token: x[B/batch, T/seq, D] -> y[B/batch, T/seq, D].
 
     On a mesh by `Rules.exchange`. segments_BT: 0 is padding, which meets its experts and is counted
-    in no load.
+    in no load. routes_BTA: experts to take in place of the router's, see `kernels.routing.route`.
 
     Raises: ValueError where the experts do not divide, or the exchange cannot run on these devices.
     """
     body = functools.partial(_mixture, route=route, apply=functools.partial(swiglu, matmul=matmul))
     ambient = sharding.current()
     if ambient is None:
-        return body(
-            x_BTD, logits_BTE, segments_BT, bias_E, weights, lay=Layout(), exchange=GatherWeights()
-        )
+        alone = dict(lay=Layout(), exchange=GatherWeights())
+        return body(x_BTD, logits_BTE, segments_BT, routes_BTA, bias_E, weights, **alone)
     mesh, rules = ambient
     E, D, F = weights.gate_EDF.shape
     platform = mesh.devices.flat[0].platform
@@ -161,20 +161,25 @@ def mixture(
         x_BTD, logits_BTE, segments_BT = (
             _pad_time(x, -T % parts) for x in (x_BTD, logits_BTE, segments_BT)
         )
+        if routes_BTA is not None:
+            routes_BTA = _pad_time(routes_BTA, -T % parts, -1)
     mixed = jax.shard_map(
         functools.partial(body, lay=lay, exchange=exchange),
         mesh=mesh,
-        in_specs=(lay.tokens, lay.tokens, lay.tokens, PartitionSpec(), lay.weights),
+        in_specs=(lay.tokens, lay.tokens, lay.tokens, lay.tokens, PartitionSpec(), lay.weights),
         out_specs=Mixed(lay.tokens, PartitionSpec(), PartitionSpec()),
         check_vma=False,
-    )(x_BTD, logits_BTE, segments_BT, bias_E, weights)
+    )(x_BTD, logits_BTE, segments_BT, routes_BTA, bias_E, weights)
     return mixed.replace(y_BTD=mixed.y_BTD[:, :T])
 
 
-def _mixture(x_btD, logits_btE, segments_bt, bias_E, weights, *, route, apply, lay, exchange):
+def _mixture(
+    x_btD, logits_btE, segments_bt, routes_btA, bias_E, weights, *, route, apply, lay, exchange
+):
     """One device: route, gather what is split of our experts, let tokens and experts meet."""
     b, t, D = x_btD.shape
-    r = route(logits_btE.reshape(b * t, -1), bias_E)
+    routes_mA = None if routes_btA is None else routes_btA.reshape(b * t, -1)
+    r = route(logits_btE.reshape(b * t, -1), bias_E, routes_MA=routes_mA)
     if lay.embed:
         whole = functools.partial(lax.all_gather, axis_name=lay.embed, tiled=True)
         weights = ExpertWeights(
@@ -444,6 +449,7 @@ def _swap(x_XC: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return lax.all_to_all(x_XC, axes, split_axis=0, concat_axis=0)
 
 
-def _pad_time(x_BT: jax.Array, more: int) -> jax.Array:
+def _pad_time(x_BT: jax.Array, more: int, value: int = 0) -> jax.Array:
     """Zeros after the last position: segment 0 is padding."""
-    return jnp.pad(x_BT, [(0, 0), (0, more)] + [(0, 0)] * (x_BT.ndim - 2))
+    widths = [(0, 0), (0, more)] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.pad(x_BT, widths, constant_values=value)

@@ -136,8 +136,11 @@ class Moe:
         segments_BT: jax.Array | None,
         impl_route: str,
         impl_matmul: str,
+        routes_BTA: jax.Array | None = None,
     ) -> MoeOut:
         """Routed plus shared experts. Dropless: every token meets its top_k experts, padding too.
+
+        routes_BTA: experts of each token chosen elsewhere, -1 where this router shall choose.
 
         On a mesh tokens and experts meet as `Rules.exchange` says: x[B/batch, T/seq, D] -> y of the
         same layout.
@@ -169,6 +172,7 @@ class Moe:
                 impl=impl_route,
             ),
             matmul=functools.partial(matmul, impl=impl_matmul),
+            routes_BTA=routes_BTA,
         )
         balance_B = _over_rows(functools.partial(balance, top_k=self.top_k))(
             logits_BTE, segments_BT

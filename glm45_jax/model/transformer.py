@@ -93,16 +93,20 @@ def forward(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     keep_router_logits: bool = True,
+    routes_BTLA: jax.Array | None = None,
 ) -> Hidden:
     """Hidden states after the final norm, in `cfg.dtype`, and what the router did.
 
     tokens_BT: int32 ids in [0, vocab). positions_BT: default 0..T-1. segments_BT: documents of a
     packed row, 0 for padding; no token sees another document, padding counts nowhere.
+    routes_BTLA: experts of each MoE layer that another router chose, -1 where this one shall; the
+    gates are always this one's (routing replay). The A of a token must differ.
     tokens[B/batch, T/seq] -> hidden[B/batch, T/seq, D].
     """
     x_BTD = embed(params, tokens_BT, cfg)
     flow = make_flow(cfg, tokens_BT.shape, positions_BT, segments_BT)
-    x_BTD, outs = _trunk(params, x_BTD, flow, cfg, None, keep_router_logits)
+    routes_LBTA = None if routes_BTLA is None else jnp.moveaxis(routes_BTLA, 2, 0)
+    x_BTD, outs = _trunk(params, x_BTD, flow, cfg, None, keep_router_logits, routes_LBTA)
     return _hidden(params, x_BTD, outs, cfg)
 
 
@@ -182,14 +186,27 @@ def empty_cache(cfg: ModelConfig, *, rows: int, max_tokens: int, page: int = 16)
 
 
 def _trunk(
-    params: Params, x_BTD, flow: Flow, cfg: ModelConfig, cache: KVCache | None, keep_logits: bool
+    params: Params,
+    x_BTD,
+    flow: Flow,
+    cfg: ModelConfig,
+    cache: KVCache | None,
+    keep_logits: bool,
+    routes_LBTA: jax.Array | None = None,
 ):
     outs: list[BlockOut] = []
     pages = None if cache is None else cache.pages()
-    for p, first in ((params.dense, 0), (params.moe, cfg.n_dense)):
+    for p, first, routes in ((params.dense, 0, None), (params.moe, cfg.n_dense, routes_LBTA)):
         if p is not None:
             x_BTD, out = stack(
-                p, x_BTD, flow, cfg=cfg, cache=pages, first=first, keep_logits=keep_logits
+                p,
+                x_BTD,
+                flow,
+                cfg=cfg,
+                cache=pages,
+                first=first,
+                keep_logits=keep_logits,
+                routes_LBTA=routes,
             )
             pages = out.cache
             outs.append(out)

@@ -32,6 +32,8 @@ class RlBatch:
     - old_logp_BT: float32, of the trainer before its first step on this batch; None takes the
       engine's word. Corrections of the mismatch compare the two.
     - reference_logp_BT: float32, of the model that a KL term pulls towards.
+    - temperature_BT: float32, over 0, at which the engine drew the token, and 1 where it drew none;
+      None: 1 everywhere. All log-probs of a batch are at these.
     """
 
     batch: Batch
@@ -42,6 +44,7 @@ class RlBatch:
     routes_BTLA: Array | None = None
     old_logp_BT: Array | None = None
     reference_logp_BT: Array | None = None
+    temperature_BT: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,26 +93,34 @@ def pack(
     pad_id: int,
     multiple: int = 1,
     oldest: int = 0,
+    temperature_N: np.ndarray | None = None,
 ) -> RlBatch:
     """Rows of `seq_len` tokens, each trajectory whole in one of them, best-fit decreasing.
 
     multiple: empty rows are added up to a multiple of it (devices x micro-batches). oldest: tokens
     drawn by weights before this version get no weight (partial rollouts that went on).
+    temperature_N: at which each trajectory was drawn; None: 1, all of them.
 
     Raises: ValueError for a trajectory longer than a row (cutting it would be silent), for another
-    number of advantages, and where only some of the trajectories have routes.
+    number of advantages or temperatures, for a temperature that is not over 0 (its log-probs say
+    nothing of a distribution), and where only some of the trajectories have routes.
     """
     _check(trajectories, advantage_N, seq_len)
+    _check_temperatures(trajectories, temperature_N)
     bins = best_fit([len(one.tokens_T) for one in trajectories], seq_len)
     B = -(-max(len(bins), 1) // multiple) * multiple
     rows = _empty(B, seq_len, pad_id, trajectories)
+    temperature_BT = None if temperature_N is None else np.ones((B, seq_len), np.float32)
     for b, inside in enumerate(bins):
         begin = 0
         for segment, i in enumerate(inside, start=1):
             place = (b, slice(begin, begin + len(trajectories[i].tokens_T)))
             _write(rows, place, trajectories[i], advantage_N[i], segment, oldest)
+            if temperature_BT is not None and temperature_N is not None:
+                drawn_T = rows.weight_BT[place] > 0
+                temperature_BT[place] = np.where(drawn_T, temperature_N[i], 1)
             begin = place[1].stop
-    return rows
+    return rows.replace(temperature_BT=temperature_BT)
 
 
 def _write(rows, place, one: Trajectory, advantage, segment: int, oldest: int) -> None:
@@ -150,6 +161,23 @@ def _empty(B: int, T: int, pad_id: int, trajectories: Sequence[Trajectory]) -> R
         version_B=np.full(B, -1, np.int32),
         routes_BTLA=routes_BTLA,
     )
+
+
+def _check_temperatures(
+    trajectories: Sequence[Trajectory], temperature_N: np.ndarray | None
+) -> None:
+    if temperature_N is None:
+        return
+    if temperature_N.shape != (len(trajectories),):
+        raise ValueError(
+            f"{len(trajectories)} trajectories, temperatures of shape {temperature_N.shape}"
+        )
+    if not (np.isfinite(temperature_N) & (temperature_N > 0)).all():
+        i = int(np.flatnonzero(~(np.isfinite(temperature_N) & (temperature_N > 0)))[0])
+        raise ValueError(
+            f"trajectory {trajectories[i].task_id} was drawn at temperature {temperature_N[i]}; "
+            "only tokens drawn at one over 0 teach a policy"
+        )
 
 
 def _check(trajectories: Sequence[Trajectory], advantage_N: np.ndarray, seq_len: int) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+
+STATUSES = ("done", "length", "aborted", "error")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,6 +23,11 @@ class Trajectory:
     - reward: of the whole trajectory.
     - routes_TLA: integers, experts that the engine chose for each token, -1 where it read none
       (the last token); None unless asked for.
+    - messages: the conversation that was judged, the policy's messages as parsed.
+    - parts: named parts of the reward.
+    - status: "done"; "length", cut by the longest output; "aborted", it may go on; "error", of the
+      environment or the engine, to be left out of training.
+    - temperature: over 0, at which the policy's tokens were drawn; logp_T is at it.
 
     Raises: ValueError where these do not fit together.
     """
@@ -31,9 +40,15 @@ class Trajectory:
     versions_T: np.ndarray
     reward: float
     routes_TLA: np.ndarray | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    status: str = "done"
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         T = len(self.tokens_T)
+        if self.status not in STATUSES:
+            raise ValueError(f"{self.task_id}: status {self.status!r} is none of {STATUSES}")
         for name in ("tokens_T", "sampled_T", "logp_T", "versions_T"):
             if (shape := getattr(self, name).shape) != (T,):
                 raise ValueError(f"{self.task_id}: {name} is {shape}, tokens_T is ({T},)")

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import jax
 import numpy as np
 
+from glm45_jax import hosts
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data.types import Batch
 from glm45_jax.metrics import Window
@@ -115,7 +116,7 @@ def run_steps(
     why: Literal["done", "stopped", "not finite"] = "done"
     batch_file = None
     step = start
-    with _stop_signals() as stop, contextlib.closing(source.iterate(start)) as batches:
+    with stop_signals() as stop, contextlib.closing(source.iterate(start)) as batches:
         while step < train.steps:
             batch = next(batches)
             state, out = trainer.step(state, batch)
@@ -139,7 +140,7 @@ def run_steps(
             if train.save_every and step % train.save_every == 0:
                 _save(checkpoints, trainer, state, step, source, sidecars)
                 saved = step
-            if stop.is_set():
+            if hosts.anyone(stop.is_set()):
                 why = "stopped" if step < train.steps else "done"
                 break
     if step > saved:
@@ -184,7 +185,7 @@ class _Clock:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM or SIGINT sets; the old handlers are back afterwards. In a thread:
     never set.
     """

@@ -133,14 +133,35 @@ def cross_entropy_sum(
     cfg: ModelConfig,
 ) -> jax.Array:
     """Sum of -log p(target) where the mask is 1, float32."""
+    nll_M = _nll(params, hidden_BTD, targets_BT, cfg, None)
+    return (nll_M * mask_BT.reshape(-1)).sum()
+
+
+def target_nll(
+    params: Params,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    cfg: ModelConfig,
+    temperature_BT: jax.Array | None = None,
+) -> jax.Array:
+    """-log p(target) of every place, float32 [B, T].
+
+    temperature_BT: float32, that the logits are divided by; None for 1.
+    """
+    scale_M = None if temperature_BT is None else 1 / temperature_BT.reshape(-1)
+    return _nll(params, hidden_BTD, targets_BT, cfg, scale_M).reshape(targets_BT.shape)
+
+
+def _nll(params: Params, hidden_BTD, targets_BT, cfg: ModelConfig, scale_M) -> jax.Array:
     D = hidden_BTD.shape[-1]
-    nll_M = token_nll(
+    return token_nll(
         hidden_BTD.reshape(-1, D),
         params.head_DV,
         targets_BT.reshape(-1),
         impl=cfg.impl.cross_entropy,
+        scale_M=scale_M,
     )
-    return (nll_M * mask_BT.reshape(-1)).sum()
 
 
 def _at_least_one(n: Any) -> jax.Array:

@@ -1,5 +1,5 @@
-"""The same `train_step` by `pmap` over local devices or by `jit` on a mesh. The type to know is
-`Trainer`.
+"""The same `train_step` by `pmap` over local devices or by `jit` on a mesh. The types to know are
+`Trainer` and `Work`.
 
 `make_trainer(where, ...)` takes a `Pmap` or a `MeshShape` value and hides which it was: states go
 in and come out as the trainer keeps them, `save_view` / `load_view` are what a checkpoint sees, the
@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
@@ -24,9 +25,9 @@ from glm45_jax.data.types import Batch
 from glm45_jax.model import transformer
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.sharding import MeshShape, Rules
-from glm45_jax.train.loss import count, cross_entropy_sum, trunk
-from glm45_jax.train.state import Train, TrainState, init_state
-from glm45_jax.train.step import StepOut, train_step
+from glm45_jax.train.loss import count, cross_entropy_sum, target_nll, trunk
+from glm45_jax.train.state import Train, TrainState, init_state, state_of
+from glm45_jax.train.step import StepOut, row_by_row, train_step
 
 PMAP_AXIS = "devices"
 
@@ -43,20 +44,53 @@ class Pmap:
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """Functions of one run. step donates its state. nll: (sum of -log p, count) of a batch, for
-    validation.
+    validation. begin: step 0 with a copy of these weights, which lie anywhere. place: a copy of
+    weights as a state holds them. logp: of such weights, this host's rows [B, T] of a batch.
 
     abstract: shapes and shardings of `save_view(state)`, for restoring. n_devices: devices that
-    compute.
+    compute; row_parts: those among which the rows of a batch are split.
     """
 
     init: Callable[[jax.Array], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepOut]]
-    nll: Callable[[TrainState, Batch], tuple[float, float]]
+    begin: Callable[[Any, jax.Array], TrainState]
+    place: Callable[[Any], Any]
+    step: Callable[[TrainState, Any], tuple[TrainState, StepOut]]
+    nll: Callable[[TrainState, Any], tuple[float, float]]
+    logp: Callable[[Any, Any], np.ndarray]
     save_view: Callable[[TrainState], TrainState]
     load_view: Callable[[TrainState], TrainState]
     check_rows: Callable[[int], None]
     abstract: TrainState
     n_devices: int
+    row_parts: int
+
+
+class Work(Protocol):
+    """What a trainer is told: pure functions of a state and a batch (any tree of arrays whose first
+    axis is rows), the same on any devices. `Recipe` is pretraining's.
+    """
+
+    @property
+    def specs(self) -> Any:
+        """Plan of the weights."""
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The optimizer at a learning rate of one."""
+
+    def accum(self, rows: int) -> int:
+        """Micro-batches of a batch of so many rows over all devices."""
+
+    def step(
+        self, state: TrainState, batch: Any, *, accum: int, axis_name: str | None = None
+    ) -> tuple[TrainState, StepOut]:
+        """The state after a batch; axis_name: of a `pmap`, each device with its share of it."""
+
+    def nll(self, params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        """Sum of -log p over the batch's targets, and their number."""
+
+    def logp(self, params: Any, batch: Any, *, accum: int) -> jax.Array:
+        """log p of each target, float32 [B, T]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +112,13 @@ class Recipe:
         """The optimizer at a learning rate of one."""
         return self.optim.build(self.specs)
 
-    def step(self, state: TrainState, batch: Batch, *, accum: int, axis_name: str | None = None):
+    def accum(self, rows: int) -> int:
+        """Micro-batches of a batch of so many rows."""
+        return self.train.accum(rows)
+
+    def step(
+        self, state: TrainState, batch: Batch, *, accum: int, axis_name: str | None = None
+    ) -> tuple[TrainState, StepOut]:
         """`train_step` with this recipe."""
         return train_step(
             state,
@@ -101,9 +141,18 @@ class Recipe:
         )
         return total, count(batch).tokens
 
+    def logp(self, params: Any, batch: Batch, *, accum: int) -> jax.Array:
+        """log p of each target, float32 [B, T]; of those that do not count too."""
+
+        def one(micro: Batch) -> jax.Array:
+            hidden = trunk(params, micro, cfg=self.cfg, packed=self.packed)
+            return -target_nll(params, hidden.hidden_BTD, micro.targets_BT, cfg=self.cfg)
+
+        return row_by_row(one, batch, accum)
+
 
 def make_trainer(
-    where: Pmap | MeshShape, recipe: Recipe, rules: Rules = Rules(), devices: Any = None
+    where: Pmap | MeshShape, recipe: Work, rules: Rules = Rules(), devices: Any = None
 ) -> Trainer:
     """The trainer of a recipe on these devices.
 
@@ -114,7 +163,7 @@ def make_trainer(
     return _mesh_trainer(where, recipe, rules, devices)
 
 
-def _mesh_trainer(where: MeshShape, recipe: Recipe, rules: Rules, devices: Any) -> Trainer:
+def _mesh_trainer(where: MeshShape, recipe: Work, rules: Rules, devices: Any) -> Trainer:
     mesh = sharding.make_mesh(where, devices)
     init = functools.partial(init_state, recipe.specs, recipe.tx)
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -137,14 +186,30 @@ def _mesh_trainer(where: MeshShape, recipe: Recipe, rules: Rules, devices: Any) 
         return recipe.step(state, batch, accum=accum)
 
     nll = jax.jit(placed(recipe.nll), out_shardings=replicated)
+    logp = jax.jit(placed(recipe.logp), static_argnames="accum", out_shardings=replicated)
+    begin = jax.jit(functools.partial(state_of, recipe.tx), donate_argnums=0, out_shardings=layout)
+    copied = jax.jit(_copied, out_shardings=layout.params)
+
+    def place(params: Any) -> Any:
+        # device_put shares what already lies right (replicated leaves, on one of their devices),
+        # whatever may_alias says, and a step would donate it.
+        return copied(jax.device_put(params, layout.params))
+
     put = functools.partial(sharding.put, mesh=mesh, rules=rules)
-    hosts = jax.process_count()
+    hosts, host = jax.process_count(), jax.process_index()
+
+    def take_logp(params: Any, batch: Any) -> np.ndarray:
+        rows = _rows(batch)
+        out_BT = logp(params, put(batch), accum=recipe.accum(rows * hosts))
+        return np.asarray(out_BT)[host * rows : (host + 1) * rows]
+
     return Trainer(
         init=jax.jit(init, out_shardings=layout),
-        step=lambda state, batch: step(
-            state, put(batch), accum=recipe.train.accum(_rows(batch) * hosts)
-        ),
+        begin=lambda params, key: begin(place(params), key),
+        place=place,
+        step=lambda state, batch: step(state, put(batch), accum=recipe.accum(_rows(batch) * hosts)),
         nll=lambda state, batch: _floats(nll(state.params, put(batch))),
+        logp=take_logp,
         save_view=lambda state: state,
         load_view=lambda state: state,
         check_rows=functools.partial(sharding.check_batch, sizes=mesh.shape, rules=rules),
@@ -152,10 +217,11 @@ def _mesh_trainer(where: MeshShape, recipe: Recipe, rules: Rules, devices: Any) 
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
         ),
         n_devices=mesh.size,
+        row_parts=sharding.ways(rules.batch, mesh.shape),
     )
 
 
-def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
+def _pmap_trainer(where: Pmap, recipe: Work, devices: Any) -> Trainer:
     local = list(jax.local_devices() if devices is None else devices)
     if where.devices > len(local):
         raise ValueError(
@@ -166,40 +232,46 @@ def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
     init = functools.partial(init_state, recipe.specs, recipe.tx)
     # The axis name is part of where pmap's arrays lie: with another name the second step compiles
     # again.
-    copies = jax.pmap(lambda state, _: state, axis_name=PMAP_AXIS, in_axes=(None, 0), devices=used)
-    step = jax.pmap(
+    on_each = functools.partial(jax.pmap, axis_name=PMAP_AXIS, devices=used)
+    copies = on_each(lambda tree, _: tree, in_axes=(None, 0))
+    step = on_each(
         lambda state, batch, accum: recipe.step(state, batch, accum=accum, axis_name=PMAP_AXIS),
-        axis_name=PMAP_AXIS,
-        devices=used,
         donate_argnums=0,
         static_broadcasted_argnums=2,
     )
-    nll = jax.pmap(
-        lambda params, batch: jax.lax.psum(recipe.nll(params, batch), PMAP_AXIS),
-        axis_name=PMAP_AXIS,
-        devices=used,
+    nll = on_each(lambda params, batch: jax.lax.psum(recipe.nll(params, batch), PMAP_AXIS))
+    logp = on_each(
+        lambda params, batch, accum: recipe.logp(params, batch, accum=accum),
+        static_broadcasted_argnums=2,
     )
+    begin = jax.jit(functools.partial(state_of, recipe.tx))
+    hosts, first = jax.process_count(), SingleDeviceSharding(used[0])
 
-    def split(batch: Batch) -> Batch:
+    def split(batch: Any) -> Any:
         return jax.tree.map(lambda x: np.asarray(x).reshape(n, -1, *x.shape[1:]), batch)
 
-    def spread(state: TrainState) -> TrainState:
-        return copies(state, np.zeros(n))
+    def spread(tree: Any) -> Any:
+        return copies(tree, np.zeros(n))
 
-    def take_step(state: TrainState, batch: Batch):
-        accum = recipe.train.accum(_rows(batch) * jax.process_count())
-        state, out = step(state, split(batch), accum)
+    def take_step(state: TrainState, batch: Any):
+        state, out = step(state, split(batch), recipe.accum(_rows(batch) * hosts))
         return state, _first_copy(out)
+
+    def take_logp(params: Any, batch: Any) -> np.ndarray:
+        out_nbT = logp(params, split(batch), recipe.accum(_rows(batch) * hosts))
+        return np.asarray(out_nbT).reshape(-1, *out_nbT.shape[2:])
 
     def check_rows(rows: int) -> None:
         sharding.check_divides(rows, total, "pmap devices", "mesh=Pmap(devices=...)")
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    first = SingleDeviceSharding(used[0])
     return Trainer(
         init=lambda key: spread(jax.jit(init)(key)),
+        begin=lambda params, key: spread(begin(jax.device_put(params, first), key)),
+        place=lambda params: spread(jax.device_put(params, first)),
         step=take_step,
         nll=lambda state, batch: _floats(_first_copy(nll(state.params, split(batch)))),
+        logp=take_logp,
         save_view=_first_copy,
         load_view=spread,
         check_rows=check_rows,
@@ -207,6 +279,7 @@ def _pmap_trainer(where: Pmap, recipe: Recipe, devices: Any) -> Trainer:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), shapes
         ),
         n_devices=total,
+        row_parts=total,
     )
 
 
@@ -222,8 +295,12 @@ def state_shardings(shapes: TrainState, specs: Any, mesh: Any, rules: Rules) -> 
     return jax.tree.map(one, shapes, params_lib.owners(specs, shapes))
 
 
-def _rows(batch: Batch) -> int:
-    return batch.tokens_BT.shape[0]
+def _rows(batch: Any) -> int:
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _first_copy(tree: Any) -> Any:

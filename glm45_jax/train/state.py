@@ -83,5 +83,9 @@ class Train:
 def init_state(specs: Any, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Fresh weights and optimizer, step 0."""
     weights_key, run_key = jax.random.split(key)
-    params = params_lib.init(specs, weights_key)
-    return TrainState(jnp.int32(0), params, tx.init(params), run_key, tokens_zero())
+    return state_of(tx, params_lib.init(specs, weights_key), run_key)
+
+
+def state_of(tx: optax.GradientTransformation, params: Any, key: jax.Array) -> TrainState:
+    """These weights with a fresh optimizer, step 0."""
+    return TrainState(jnp.int32(0), params, tx.init(params), key, tokens_zero())

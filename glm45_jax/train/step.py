@@ -7,6 +7,7 @@ batch's load.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,10 +59,41 @@ def train_step(
     grads, out = gradients(
         state.params, batch, weights, cfg=cfg, packed=packed, accum=accum, axis_name=axis_name
     )
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    state, stepped = descend(
+        state,
+        grads,
+        out,
+        optim=optim,
+        tx=tx,
+        specs=specs,
+        tokens=batch.tokens_BT.size * devices,
+        bias_rate=train.bias_rate(seen),
+    )
+    named = {f"loss/{name}": value for name, value in out.parts.items()}
+    return state, stepped.replace(scalars=stepped.scalars | named)
+
+
+def descend(
+    state: TrainState,
+    grads: Params,
+    out: LossOut,
+    *,
+    optim: Any,
+    tx: optax.GradientTransformation,
+    specs: Any,
+    tokens: int,
+    bias_rate: jax.Array | None,
+) -> tuple[TrainState, StepOut]:
+    """The state after a step along these gradients of the whole batch, or the old one where they or
+    the loss are not finite; and what to log, but for the parts of the loss.
+
+    tokens: places of the batch, which the schedules count. bias_rate: of the router biases; None
+    leaves them alone, and then `out.load_LE` need not have all of their layers.
+    """
     grad_norm = optax.tree.norm(grads)
     ok = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
-    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    tokens_seen = tokens_add(state.tokens_seen, batch.tokens_BT.size * devices)
+    tokens_seen = tokens_add(state.tokens_seen, tokens)
     lr = optim.lr_at(
         tokens_float(tokens_seen)
     )  # at the batch's end: the first step of a warmup moves
@@ -69,7 +101,8 @@ def train_step(
     params = jax.tree.map(
         lambda w, u: w + (lr * u.astype(jnp.float32)).astype(w.dtype), state.params, updates
     )
-    params = move_bias(params, out.load_LE, train.bias_rate(seen))
+    if bias_rate is not None:
+        params = move_bias(params, out.load_LE, bias_rate)
     taken = TrainState(
         step=state.step + 1,
         params=params,
@@ -83,7 +116,6 @@ def train_step(
         "grad_norm": grad_norm,
         "tokens": tokens_float(taken.tokens_seen),
     }
-    scalars |= {f"loss/{name}": value for name, value in out.parts.items()}
     scalars |= {f"update_rms/{kind}": rms for kind, rms in update_rms(updates, specs).items()}
     scalars |= balance_scalars(out.load_LE, biases(params))
     state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), taken, state)
@@ -113,17 +145,33 @@ def gradients(
         (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
         return grads, out.replace(tokens=count(micro).tokens)
 
+    return _global(summed(one, batch, accum), axis_name)
+
+
+def summed(one: Callable[[Any], Any], batch: Any, accum: int) -> Any:
+    """Sum over `accum` micro-batches of what `one` returns for each, leaf by leaf."""
     if accum == 1:
-        total = one(batch)
-    else:
-        # Micro-batch z takes rows z, z + accum, ...: rows stay on the device that holds them.
-        split = jax.tree.map(lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), batch)
-        split = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), split)
-        zero = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, _first(split))
-        )
-        total, _ = jax.lax.scan(lambda sums, micro: (_add(sums, one(micro)), None), zero, split)
-    return _global(total, axis_name)
+        return one(batch)
+    split = in_micro_batches(batch, accum)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, _first(split)))
+    total, _ = jax.lax.scan(lambda sums, micro: (_add(sums, one(micro)), None), zero, split)
+    return total
+
+
+def in_micro_batches(batch: Any, accum: int) -> Any:
+    """Leaves [Z, B / Z, ...] of leaves [B, ...]. Micro-batch z takes rows z, z + Z, ...: rows stay
+    on the device that holds them.
+    """
+    split = jax.tree.map(lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), batch)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), split)
+
+
+def row_by_row(one: Callable[[Any], jax.Array], batch: Any, accum: int) -> jax.Array:
+    """What `one` returns for a batch, [B, ...], made in `accum` micro-batches."""
+    if accum == 1:
+        return one(batch)
+    out_Zb = jax.lax.map(one, in_micro_batches(batch, accum))
+    return jnp.moveaxis(out_Zb, 0, 1).reshape(-1, *out_Zb.shape[2:])
 
 
 def move_bias(params: Params, load_LE: jax.Array, rate: jax.Array) -> Params:

@@ -35,6 +35,26 @@ def test_chunks_of_the_vocabulary_change_neither_loss_nor_gradient(name):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_a_scale_of_the_logits_is_that_of_the_hidden_states_in_value_and_gradient():
+    shape = LOSS[SMALL[0]]
+    h, w, target, weight = draw(shape)
+    scale = jnp.linspace(0.4, 2.0, len(target))
+
+    def total(f):
+        return lambda h, w: (f(h, w) * weight).sum()
+
+    ways = [
+        lambda h, w: op.chunked(h, w, target, shape.chunk, scale),
+        lambda h, w: op.reference(h, w, target, scale),
+        lambda h, w: op.token_nll(h * scale[:, None], w, target),
+    ]
+    values, grads = zip(*(jax.value_and_grad(total(f), (0, 1))(h, w) for f in ways), strict=True)
+    np.testing.assert_allclose(values, values[0], rtol=1e-5)
+    for other in grads[1:]:
+        for a, b in zip(grads[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def arrays_in(jaxpr):
     for eqn in jaxpr.eqns:
         yield from (v.aval for v in eqn.outvars)

@@ -77,6 +77,20 @@ def test_devices_and_micro_batches_change_nothing(way):
     assert state.tokens_seen.tolist() == alone.tokens_seen.tolist() == [0, 2 * 16 * 24]
 
 
+def test_log_probs_place_by_place_add_up_to_the_loss_on_any_devices():
+    batch, found = packed_batch(), []
+    for where, micro_rows in ((ONE, None), (ONE, 4), (Pmap(), None)):
+        run = trainer(where, micro_rows)
+        state = run.init(jax.random.key(0))
+        found.append(run.logp(state.params, batch))
+        nll, n = run.nll(state, batch)
+        np.testing.assert_allclose(-(found[-1] * batch.mask_BT).sum(), nll, rtol=1e-5)
+        assert n == batch.mask_BT.sum()
+        again = run.begin(run.save_view(state).params, jax.random.key(1))
+        np.testing.assert_array_equal(run.logp(again.params, batch), found[-1])
+        np.testing.assert_allclose(found[-1], found[0], atol=1e-5)
+
+
 @functools.cache
 def initial():
     cfg = config.tiny()

@@ -1,0 +1,249 @@
+"""The half of the RL loop that samples: leases out, trajectories back into the pool, batches for
+the trainer, held-out tasks. The type to know is `Sampler`; `Prompts` says what is asked next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from glm45_jax.rl.config import Grades, Rl, Split
+from glm45_jax.rl.curriculum import Curriculum
+from glm45_jax.rl.pool import Lease, Pool, Prompt
+from glm45_jax.rl.temperature import stable
+from glm45_jax.rl.trajectory import Trajectory
+from glm45_jax.rl.workers import Job, Workers, seed_of
+from glm45_jax.rollout.sampling import Sampling
+
+HELD_OUT = "held-out"  # the world of tasks that no ledger knows, and what their keys begin with
+
+
+class StarvedError(RuntimeError):
+    """Sampling does not come to a batch: nothing is left to ask, or nearly all groups agree."""
+
+
+class Prompts(Protocol):
+    """What is asked next: `InOrder`, or `Graded` by a curriculum."""
+
+    def more(self, pool: Pool) -> int:
+        """How many prompts it added to the end of the queue, because few wait there; 0: there are
+        no more. What it has to remember it notes in the pool, in the same transaction.
+        """
+
+    def observe(self, reward: float) -> None:
+        """None; told the mean reward of each batch, of all samples that ended."""
+
+    def scalars(self) -> Mapping[str, float]:
+        """For the metrics."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InOrder:
+    """Tasks by number, `chunk` at a time."""
+
+    env: str
+    samples: int
+    split: Split
+    chunk: int = 64
+
+    def more(self, pool: Pool) -> int:
+        """As `Prompts`."""
+        begin = pool.note("next") or 0
+        found = []
+        for n in range(begin, begin + self.chunk):
+            task, visit = self.split.number(n)
+            found.append(Prompt(self.env, task, self.samples, f"{self.env}/{task}@{visit + 1}"))
+        return pool.add(found, notes={"next": begin + self.chunk})
+
+    def observe(self, reward: float) -> None:
+        """None; order does not hang on rewards."""
+
+    def scalars(self) -> Mapping[str, float]:
+        """Nothing."""
+        return {}
+
+
+class Graded:
+    """Tasks by a curriculum, a round's worth at a time. It goes on from what the pool has noted.
+
+    grades: when the next stage begins: where the reward stands still (`temperature.stable`).
+    """
+
+    def __init__(self, curriculum: Curriculum, pool: Pool, grades: Grades, *, groups: int) -> None:
+        self.curriculum, self._grades, self._groups = curriculum, grades, groups
+        self._rewards: list[float] = []
+        if (noted := pool.note("curriculum")) is not None:
+            curriculum.restore(noted)
+
+    def more(self, pool: Pool) -> int:
+        """As `Prompts`."""
+        self.curriculum.catch_up(pool.results(self.curriculum.seen))
+        drawn = self.curriculum.draw(self.curriculum.ask_for(self._groups))
+        return pool.add(drawn.prompts, notes={"curriculum": self.curriculum.state()})
+
+    def observe(self, reward: float) -> None:
+        """None; the next stage begins where the reward stands still."""
+        self._rewards = [*self._rewards, reward][-self._grades.window :]
+        last = self.curriculum.stage + 1 == len(self.curriculum.stages)
+        full = len(self._rewards) == self._grades.window
+        if not last and full and stable(self._rewards, self._grades.tolerance):
+            self.curriculum.advance()
+            self._rewards = []
+
+    def scalars(self) -> Mapping[str, float]:
+        """As `Prompts`."""
+        return self.curriculum.scalars()
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Rewards of held-out tasks. mean: of the tasks' means; half: of its 95% interval, from the
+    spread over tasks (normal approximation).
+    """
+
+    mean: float
+    half: float
+    tasks: int
+    samples: int
+
+    @staticmethod
+    def of(reward_CJ: np.ndarray) -> Score:
+        """Of rewards, one row a task."""
+        mean_C = reward_CJ.mean(axis=1)
+        error = mean_C.std(ddof=1) / np.sqrt(len(mean_C)) if len(mean_C) > 1 else np.inf
+        return Score(float(mean_C.mean()), float(1.96 * error), *reward_CJ.shape)
+
+
+class Sampler:
+    """Leases, jobs and the pool of one run. One thread at a time.
+
+    finished: trajectories that ended since somebody last emptied the list, of dropped groups too.
+    temperature: of samples that begin from now on.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        workers: Workers,
+        prompts: Prompts,
+        rl: Rl,
+        *,
+        seed: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pool, self.workers, self.finished = pool, workers, list[Trajectory]()
+        self.temperature = rl.sampling.temperature
+        self.prompts, self._rl, self._seed, self._clock = prompts, rl, seed, clock
+        self._leases: dict[str, tuple[Lease, dict[int, Trajectory]]] = {}
+        self._held_out: dict[tuple[str, int], Trajectory] = {}
+        self._beat = clock()
+
+    def gather(self, batch: int, *, stop: Callable[[], bool] = bool) -> list[Trajectory] | None:
+        """The trajectories of this batch; None where `stop` says so first.
+
+        Raises: StarvedError.
+        """
+        spent, groups = 0, self._rl.groups
+        while (taken := self.pool.take(batch)) is None:
+            ready = self.pool.counts()["ready"]
+            self._fill(batch)
+            while ready < groups:
+                if not self._leases:
+                    raise StarvedError(f"batch {batch}: no prompt waits; {self.pool.counts()}")
+                ended = self._settle(stop)
+                if stop():
+                    return None
+                ready += ended.count("ready")
+                spent += ended.count("dropped")
+                if spent > self._rl.most_dropped * groups:
+                    raise StarvedError(
+                        f"batch {batch}: {spent} groups were dropped for {groups}; use other "
+                        "tasks, or rl.dynamic=false to train on what there is"
+                    )
+                if ended.count("ready") < len(ended):
+                    self._fill(batch)
+        return taken
+
+    def held_out(self, numbers: Sequence[int], samples: int, sampling: Sampling) -> np.ndarray:
+        """Rewards of tasks that are not trained on, [C, J]; what else is under way goes on.
+
+        Raises: RuntimeError where an environment or the engine fails.
+        """
+        jobs = [
+            Job(
+                f"{HELD_OUT}/{number}",
+                Prompt(HELD_OUT, number, samples, f"{HELD_OUT}/{number}"),
+                j,
+                dataclasses.replace(sampling, seed=seed_of(self._seed, f"{HELD_OUT}/{number}", j)),
+            )
+            for number in numbers
+            for j in range(samples)
+        ]
+        for job in jobs:
+            self.workers.start(job)
+        while len(self._held_out) < len(jobs):
+            self._absorb()
+        found, self._held_out = self._held_out, {}
+        bad = [one for one in found.values() if one.status in ("error", "aborted")]
+        if bad:
+            raise RuntimeError(f"{len(bad)} held-out episodes failed, {bad[0].task_id} among them")
+        rewards = [found[job.name].reward for job in jobs]
+        return np.asarray(rewards, np.float64).reshape(len(numbers), samples)
+
+    def park(self) -> None:
+        """None; nothing is under way, and the pool has all that was drawn."""
+        self.workers.abort()
+        while self.workers.running:
+            self._absorb()
+
+    def _fill(self, version: int) -> None:
+        """None; as many groups are under way as the capacity rule lets."""
+        while (room := self.pool.room(version)) > 0:
+            leases = self.pool.lease(room, version=version)
+            for lease in leases:
+                self._leases[lease.token] = lease, {}
+                for sample in lease.samples:
+                    self.workers.start(self._job(lease, sample))
+            if len(leases) < room and not self.prompts.more(self.pool):
+                return
+
+    def _job(self, lease: Lease, sample: int) -> Job:
+        seed = seed_of(self._seed, lease.prompt.key, sample)
+        sampling = dataclasses.replace(self._rl.sampling, seed=seed, temperature=self.temperature)
+        return Job(lease.token, lease.prompt, sample, sampling, lease.begun.get(sample))
+
+    def _settle(self, stop: Callable[[], bool]) -> list[str]:
+        """What became of the groups that ended now; waits for at least one, or for `stop`."""
+        while not (ended := self._absorb()) and not stop():
+            pass
+        return ended
+
+    def _absorb(self) -> list[str]:
+        """What became of the groups whose last sample ended with this poll."""
+        ended: list[str] = []
+        for job, one in self.workers.poll():
+            if job.key.startswith(HELD_OUT):
+                self._held_out[job.name] = one
+                continue
+            if job.key not in self._leases:
+                continue  # the lease was lost: another try has its place
+            lease, have = self._leases[job.key]
+            have[job.sample] = one
+            if one.status in ("done", "length"):
+                self.finished.append(one)
+            if len(have) == len(lease.samples):
+                del self._leases[job.key]
+                ended.append(self.pool.commit(lease, have))
+        self._heartbeat()
+        return ended
+
+    def _heartbeat(self) -> None:
+        if self._clock() - self._beat < self.pool.rules.lease_s / 4:
+            return
+        self._beat = self._clock()
+        for lost in self.pool.heartbeat([lease for lease, _ in self._leases.values()]):
+            del self._leases[lost.token]

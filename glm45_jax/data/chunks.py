@@ -64,7 +64,8 @@ class Chunks:
             while length:
                 n = length if inside + length <= size else size - inside
                 part = view[at * width : (at + n) * width]
-                got = read(_opened(self, chunk).number, (part,), inside * width)
+                file = _opened(self, chunk)  # held: two threads may open it, and one file is let go
+                got = read(file.number, (part,), inside * width)
                 if got != n * width:
                     raise OSError(
                         f"{self.path(chunk)} gave {got} bytes where {n * width} were "

@@ -23,7 +23,8 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[in
     """Bins of indices into `lengths`, none over capacity: best-fit decreasing.
 
     Longest first (ties: lower index first), each into the fullest bin that still holds it (ties:
-    the bin opened first).
+    the bin opened first). O(n log n): the different free spaces, at most `capacity`, are a sorted
+    list; bisection in C finds there what a segment tree over all spaces would find in Python.
 
     Raises: ValueError for an item longer than capacity (`split_long` first) or negative.
     Source: spec 5.3; Ding et al. 2024, "Fewer Truncations Improve Language Modeling".

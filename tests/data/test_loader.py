@@ -296,3 +296,26 @@ def test_importing_the_loader_brings_in_no_tensorflow_or_torch():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "[]"
+
+
+def test_a_program_that_never_closes_its_iterator_ends_cleanly(tmp_path):
+    docs = [range(900)] * 300
+    write_store(tmp_path / "s", docs, end=999, vocab=1000, tokenizer_fingerprint="t", meta={})
+    script = (
+        "import sys\n"
+        "from glm45_jax.data.loader import Loader\n"
+        "from glm45_jax.data.pack import Cut\n"
+        "from glm45_jax.data.store import open_store\n"
+        "rows = Cut().rows(open_store(sys.argv[1]), 512, 0)\n"
+        "one = Loader([(rows, 1.0)], seed=0, span=lambda s: (s * 64, 64), fingerprint='')\n"
+        "batches = one.iterate(threads=2)\n"
+        "[next(batches) for _ in range(20)]\n"
+    )
+    for _ in range(3):
+        ended = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "s")],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (ended.returncode, ended.stderr) == (0, "")

@@ -161,21 +161,34 @@ def _documents(
     ledger = Ledger(source.name, *KEYS)
     base = {"repo": Path(source.root).name, "licence": source.licence}
     fields = source.fields or Fields()
-    for where, record in read_files(source, ledger, read):
+    yield from documents(
+        source,
+        ledger,
+        read,
+        lambda where, record: _doc(source.name, where, record, fields, base, source.limits),
+    )
+    return ledger.report()
+
+
+def documents(
+    source: Matched,
+    ledger: Ledger,
+    read: Callable[[Path], Iterator[Record]],
+    make: Callable[[str, Record], Doc],
+) -> Iterator[Doc]:
+    """What `make` makes of a file's path and a record of it; all that comes and goes is counted."""
+    for where, record in _records(source, ledger, read):
         try:
-            doc = _doc(source.name, where, record, fields, base, source.limits)
+            doc = make(where, record)
         except DroppedError as error:
             ledger.drop(DroppedError(str(error), record.number), where)
             continue
         ledger.counts["documents"] += 1
         yield doc
-    return ledger.report()
 
 
-def read_files(
-    source: Matched,
-    ledger: Ledger,
-    read: Callable[[Path], Iterator[Record]],
+def _records(
+    source: Matched, ledger: Ledger, read: Callable[[Path], Iterator[Record]]
 ) -> Iterator[tuple[str, Record]]:
     """Every record of every file of a source, with the path of the file; files are counted here."""
     for path, where in match_files(source.root, source.pattern):

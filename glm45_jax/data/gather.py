@@ -32,7 +32,7 @@ from glm45_jax.data.packages import (
     wheel_description,
     wheel_licence,
 )
-from glm45_jax.data.reading import DroppedError, Ledger, read_regular
+from glm45_jax.data.reading import DroppedError, Ledger, decoded, read_regular
 from glm45_jax.data.repositories import COMMENT_OF
 from glm45_jax.data.roff import man_text
 from glm45_jax.data.sources import PackageDocs, PythonSources, counted, walk_files
@@ -181,7 +181,7 @@ def _of_file(
     language_after: str,
 ) -> Iterator[Piece]:
     if found := _MANUAL.search(name):
-        text = man_text(_utf8(data))
+        text = man_text(decoded(data))
         if len(text) < _SHORT:
             raise DroppedError("short")  # a page that only names another one
         language = (found["language"] or "en").split(".")[0]
@@ -196,7 +196,7 @@ def _of_file(
         kind = "web" if language.startswith("en") else "web_multilingual"
         yield Piece(kind, name, decode(data), {**base, "language": language})
     elif _CHANGELOG.search(name):
-        found_entries = entries(_utf8(data))
+        found_entries = entries(decoded(data))
         if not found_entries:
             raise DroppedError("other_form_of_changelog")
         for at, (version, entry) in enumerate(found_entries):
@@ -207,7 +207,7 @@ def _of_file(
         for at, text in enumerate(_dictionary(gunzip(data, 2**28), index)):
             yield Piece("prose", f"{name}#{at}", text, {**base, "language": "en"})
     elif _TEXT.search(name) and not has_pages:
-        text = _utf8(data)
+        text = decoded(data)
         if len(text) < _SHORT:
             raise DroppedError("short")
         yield Piece("prose", name, text, {**base, "language": "en"})
@@ -249,7 +249,7 @@ def _code(
             ledger.counts["dropped_other_kind"] += 1
             continue
         try:
-            yield Piece("code", name, _utf8(data), base)
+            yield Piece("code", name, decoded(data), base)
         except DroppedError as error:
             ledger.drop(error, f"{base['repo']}: {name}")
 
@@ -337,16 +337,6 @@ def _copyright_of(package: str) -> str:
 
 def _copyright(data: bytes) -> str:
     return debian_licence(data.decode("utf-8", "replace"))
-
-
-def _utf8(data: bytes) -> str:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DroppedError("not_utf8", data.count(b"\n", 0, error.start) + 1) from error
-    if not text.strip():
-        raise DroppedError("blank")
-    return text
 
 
 _SHORT = 200  # characters

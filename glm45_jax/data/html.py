@@ -63,7 +63,8 @@ def extract(page: bytes | str, rules: HtmlRules = HtmlRules(), encoding: str = "
     html = decode(page, rules, encoding)
     check_structure(html, rules)
     tree = HTMLTree.parse(html)
-    blocks = [] if tree.body is None else list(tree.body.get_elements_by_tag_name("pre"))
+    # One walk: resiliparse searches its lists of elements anew for each of their items.
+    blocks = [] if tree.body is None else [node for node in tree.body if node.tag == "pre"]
     if rules.main_content:
         _unname(blocks[:_CHECKED])
         _deepen(tree)

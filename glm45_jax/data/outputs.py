@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from glm45_jax.data.reading import sha256_of
 from glm45_jax.data.sources import Doc
 
 OUTPUTS_FORMAT = 1  # raise it when the same documents give other bytes
@@ -268,6 +269,5 @@ def _damage(folder: Path, file: str, size: int, sha256: str) -> str:
         return f"{path} is missing"
     if (found := path.stat().st_size) != size:
         return f"{path} has {found} bytes, its record says {size}"
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = sha256_of(path)
     return "" if digest == sha256 else f"{path} has sha256 {digest[:12]}, its record {sha256[:12]}"

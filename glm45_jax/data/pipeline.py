@@ -45,6 +45,7 @@ from glm45_jax.data.outputs import (
     write_shard,
     write_whole,
 )
+from glm45_jax.data.reading import LONE
 from glm45_jax.data.sources import Doc, Source, counted
 from glm45_jax.data.steps import LEARNED, Applied, Part, Step, Work
 
@@ -57,7 +58,6 @@ CORPUS = "corpus.json"
 _STARTED = "started.json"  # in a step's folder while it is being made
 _ERROR = "error_"  # begins the reason of a document on which a step raised
 _NAME = re.compile(r"[\w][\w.-]*")
-_LONE = re.compile("[\ud800-\udfff]")
 # What a step may raise over one document. Not OSError: a full disk is nobody's document.
 _BAD = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError)
 
@@ -372,7 +372,7 @@ def _unreadable(doc: Any, max_chars: int) -> str:
         return "too_long"
     if not doc.text or doc.text.isspace():
         return "blank"
-    return "lone_surrogates" if _LONE.search(doc.text) else ""  # no tokenizer takes them
+    return "lone_surrogates" if LONE.search(doc.text) else ""
 
 
 def _whole(folder: Path, key: str) -> Manifest | None:

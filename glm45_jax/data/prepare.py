@@ -5,11 +5,11 @@ only opens what is there after that. The text of a run must fit in memory (large
 stores with `store.write_store` shard by shard). No jax: this runs anywhere.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from glm45_jax.data.pack import BestFit, Cut, RowSource
 from glm45_jax.data.quality import copies_of, repeated
+from glm45_jax.data.reading import LONE
 from glm45_jax.data.sources import Doc, Encodes, Source, counted
 from glm45_jax.data.store import TokenStore, open_store, write_store
 from glm45_jax.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 PREPARE_FORMAT = 1  # part of every fingerprint: raise it when the same config gives other stores
 SPLITS = ("train", "val")
 _ENCODE_DOCS = 64
-_LONE = re.compile("[\ud800-\udfff]")
+_REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,28 @@ def prepare(
 
     Raises: ValueError for a damaged cache, a vocab mismatch, or a source with too few documents.
     """
-    if tokenizer is None and data.tokenizer is not None:
-        tokenizer = Tokenizer.load(Path(data.tokenizer))
-    if tokenizer is not None and tokenizer.vocab != data.vocab:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab} ids, data.vocab is {data.vocab}; set data.vocab "
-            f"to {tokenizer.vocab}, or leave the tokenizer out to train one"
-        )
+    tokenizer = given_tokenizer(data.tokenizer, data.vocab, tokenizer)
     fingerprint = data_fingerprint(data, tokenizer)
     folder = Path(cache) / f"data-{fingerprint[:16]}"
     if not folder.exists():
         _build(data, folder, fingerprint, tokenizer)
-    return _open(data, folder, fingerprint, verify)
+    names = [source.name for source, _ in data.sources]
+    return open_prepared(folder, names, data.vocab, fingerprint, verify=verify)
+
+
+def given_tokenizer(path: str | None, vocab: int, tokenizer: Tokenizer | None) -> Tokenizer | None:
+    """The tokenizer that was given, or the one of a path; None: one is to be trained.
+
+    Raises: ValueError for one of another vocabulary.
+    """
+    if tokenizer is None and path is not None:
+        tokenizer = Tokenizer.load(Path(path))
+    if tokenizer is not None and tokenizer.vocab != vocab:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab} ids, data.vocab is {vocab}; set data.vocab "
+            f"to {tokenizer.vocab}, or leave the tokenizer out to train one"
+        )
+    return tokenizer
 
 
 def data_fingerprint(data: Data, tokenizer: Tokenizer | None = None) -> str:
@@ -119,15 +130,12 @@ def documents(data: Data) -> dict[tuple[str, str], list[Doc]]:
 
 
 def _build(data: Data, folder: Path, fingerprint: str, tokenizer: Tokenizer | None) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with built(folder) as temporary:
         started = time.monotonic()
         found = _gather(data)
         gathered = time.monotonic()
         if tokenizer is None:
-            tokenizer = train_bpe(_sample(data, found.docs), data.vocab)
+            tokenizer = train_bpe(sample_texts(found.docs, data.bpe_chars), data.vocab)
         trained = time.monotonic()
         tokenizer.save(temporary)
         counts = _write_stores(temporary, data, found.docs, tokenizer)
@@ -146,28 +154,39 @@ def _build(data: Data, folder: Path, fingerprint: str, tokenizer: Tokenizer | No
         }
         if found.read:
             report["read"] = found.read
-        (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        _publish(temporary, folder)
-        for name, splits in report["sources"].items():
-            train, val = splits["train"], splits["val"]
-            log.info(
-                "%s: %s training tokens in %s documents, %s for validation",
-                name,
-                f"{train['tokens']:,}",
-                f"{train['docs']:,}",
-                f"{val['tokens']:,}",
-            )
+        write_report(temporary, report)
+    for name, splits in report["sources"].items():
+        train, val = splits["train"], splits["val"]
+        log.info(
+            "%s: %s training tokens in %s documents, %s for validation",
+            name,
+            f"{train['tokens']:,}",
+            f"{train['docs']:,}",
+            f"{val['tokens']:,}",
+        )
+
+
+@contextlib.contextmanager
+def built(folder: Path) -> Iterator[Path]:
+    """A folder beside it to write to, which is it afterwards; nothing is left where that fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.parent / f".{folder.name}.writing-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            log.info("%s was prepared by another process meanwhile; using that one", folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _publish(temporary: Path, folder: Path) -> None:
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        log.info("%s was prepared by another process meanwhile; using that one", folder)
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """None; the report that `open_prepared` reads."""
+    (folder / _REPORT).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 class _Gathered(NamedTuple):
@@ -191,10 +210,10 @@ def _gather(data: Data) -> _Gathered:
         for doc in tqdm(
             counted(source, counts), desc=f"read {source.name}", unit=" docs", disable=None
         ):
-            if _LONE.search(doc.text) is not None:  # no tokenizer and no file takes such a text
+            if LONE.search(doc.text) is not None:  # no tokenizer and no file takes such a text
                 counts["lone_surrogates"] = counts.get("lone_surrogates", 0) + 1
                 continue
-            text_hash = _digest(doc.text)
+            text_hash = digest(doc.text)
             if text_hash in seen:
                 dropped[source.name] += 1
                 continue
@@ -202,7 +221,7 @@ def _gather(data: Data) -> _Gathered:
                 unread[source.name] += 1
                 continue
             seen.add(text_hash)
-            keyed.append((_digest(str(data.seed), doc.id, doc.text), doc))
+            keyed.append((digest(str(data.seed), doc.id, doc.text), doc))
         if counts:
             read[source.name] = counts
         keyed.sort(key=lambda pair: pair[0])
@@ -220,27 +239,38 @@ def _gather(data: Data) -> _Gathered:
 def _split(docs: Sequence[Doc], data: Data) -> tuple[list[Doc], list[Doc]]:
     """Train and val documents; groups stay together, and neither side is empty."""
     group_of = [doc.meta.get("group") or f"{doc.id}\0{doc.text}" for doc in docs]
-    place_of = {group: int(_digest(str(data.seed), group)[:16], 16) for group in set(group_of)}
-    limit = int(data.val_fraction * 2**64)
-    ordered = sorted(place_of, key=lambda group: place_of[group])
-    if len(ordered) < 2:
+    if len(set(group_of)) < 2:
         raise ValueError(
-            f"the {len(docs)} documents of {docs[0].source!r} are one group ({ordered[0]!r}), "
+            f"the {len(docs)} documents of {docs[0].source!r} are one group ({group_of[0]!r}), "
             "which cannot be split; give it more documents"
         )
-    # Small sources may have no group below the limit (or none above): move the nearest one.
-    limit = min(max(limit, place_of[ordered[0]] + 1), place_of[ordered[-1]])
+    return split_by_group(docs, group_of, data.seed, data.val_fraction)
+
+
+def split_by_group(
+    docs: Sequence[Doc], group_of: Sequence[str], seed: int, val_fraction: float
+) -> tuple[list[Doc], list[Doc]]:
+    """Train and val documents of two groups or more, by a hash of the group: more of them move none
+    of the old ones, but for the nearest group where one side would be empty.
+    """
+    place_of = {group: int(digest(str(seed), group)[:16], 16) for group in group_of}
+    ordered = sorted(place_of.values())
+    limit = min(max(int(val_fraction * 2**64), ordered[0] + 1), ordered[-1])
     in_val = [place_of[group] < limit for group in group_of]
     train = [doc for doc, val in zip(docs, in_val, strict=True) if not val]
     return train, [doc for doc, val in zip(docs, in_val, strict=True) if val]
 
 
-def _sample(data: Data, docs: Mapping[tuple[str, str], Sequence[Doc]]) -> Iterator[str]:
-    """Training texts for the tokenizer, an equal share of every source's characters, each once."""
-    sizes = {key: sum(len(doc.text) for doc in part) for key, part in docs.items()}
-    share = data.bpe_chars / sum(size for (_, split), size in sizes.items() if split == "train")
-    for (name, split), part in docs.items():
-        left = min(share, 1.0) * sizes[name, split] if split == "train" else 0.0
+def sample_texts(docs: Mapping[tuple[str, str], Sequence[Doc]], chars: int) -> Iterator[str]:
+    """Training texts for the tokenizer, an equal share of every source's characters, each once.
+
+    docs: by (source, split). chars: about how many in all.
+    """
+    parts = [part for (_, split), part in docs.items() if split == "train"]
+    sizes = [sum(len(doc.text) for doc in part) for part in parts]
+    share = min(1.0, chars / max(1, sum(sizes)))
+    for part, size in zip(parts, sizes, strict=True):
+        left = share * size
         for doc in part:
             if left <= 0:
                 break
@@ -303,20 +333,23 @@ def _encoded(
         bar.update(sum(len(doc.text) for doc in part))
 
 
-def _open(data: Data, folder: Path, fingerprint: str, verify: bool) -> Prepared:
-    report_file = folder / "report.json"
+def open_prepared(
+    folder: Path, names: Sequence[str], vocab: int, fingerprint: str, *, verify: bool = False
+) -> Prepared:
+    """The stores of these sources. Raises: ValueError for a damaged folder."""
+    report_file = folder / _REPORT
     if not report_file.is_file():
         raise ValueError(f"{folder} has no {report_file.name}; delete the folder and prepare again")
     tokenizer = Tokenizer.load(folder)
     stores = {
         split: {
-            source.name: open_store(
-                folder / split / source.name,
-                vocab=data.vocab,
+            name: open_store(
+                folder / split / name,
+                vocab=vocab,
                 tokenizer_fingerprint=tokenizer.fingerprint,
                 verify=verify,
             )
-            for source, _ in data.sources
+            for name in names
         }
         for split in SPLITS
     }
@@ -324,6 +357,6 @@ def _open(data: Data, folder: Path, fingerprint: str, verify: bool) -> Prepared:
     return Prepared(tokenizer, stores["train"], stores["val"], report, fingerprint)
 
 
-def _digest(*parts: str) -> str:
-    # The separator keeps ("ab", "c") and ("a", "bc") apart.
+def digest(*parts: str) -> str:
+    """sha256 (hex) of texts; a separator keeps ("ab", "c") and ("a", "bc") apart."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

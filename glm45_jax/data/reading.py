@@ -3,6 +3,7 @@
 `Ledger` keeps the counts of one source; `DroppedError` says why something is left out, and where.
 """
 
+import hashlib
 import logging
 import re
 import stat
@@ -93,7 +94,11 @@ def read_utf8(path: Path, max_bytes: int) -> str:
 
     Raises: DroppedError (those of `read_regular`, not_utf8, blank).
     """
-    data = read_regular(path, max_bytes)
+    return decoded(read_regular(path, max_bytes))
+
+
+def decoded(data: bytes) -> str:
+    """The text of UTF-8. Raises: DroppedError (not_utf8, blank)."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -101,6 +106,12 @@ def read_utf8(path: Path, max_bytes: int) -> str:
     if not text.strip():
         raise DroppedError("blank")
     return text
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_text(text: str, max_line: int) -> str:
@@ -114,10 +125,10 @@ def check_text(text: str, max_line: int) -> str:
         for number, line in enumerate(text.split("\n"), 1):
             if len(line) > max_line:
                 raise DroppedError("long_line", number)
-    if not text.isascii() and (found := _SURROGATE.search(text)):
+    if not text.isascii() and (found := LONE.search(text)):
         raise DroppedError("not_unicode", text.count("\n", 0, found.start()) + 1)
     return text
 
 
 _LOGGED = 5  # places of one reason
-_SURROGATE = re.compile("[\ud800-\udfff]")
+LONE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: no tokenizer takes such a text

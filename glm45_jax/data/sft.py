@@ -9,9 +9,6 @@ Letters: `T` tokens of a row, `R` rows read together, `N` samples or tokens of a
 import hashlib
 import json
 import logging
-import os
-import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,18 +20,28 @@ import numpy as np
 from glm45_jax.chat.template import encode, family_of
 from glm45_jax.data.chats import Sample, counted_samples
 from glm45_jax.data.pack import BestFit, Cut, Row, RowSource, best_fit
-from glm45_jax.data.prepare import Data, Prepared
+from glm45_jax.data.prepare import (
+    SPLITS,
+    Data,
+    Prepared,
+    built,
+    digest,
+    given_tokenizer,
+    open_prepared,
+    sample_texts,
+    split_by_group,
+    write_report,
+)
 from glm45_jax.data.prepare import prepare as prepare_text
 from glm45_jax.data.prepare import rows as text_rows
+from glm45_jax.data.reading import LONE
 from glm45_jax.data.sources import Doc, Source, counted
-from glm45_jax.data.store import TokenStore, open_store, write_store
+from glm45_jax.data.store import write_store
 from glm45_jax.tokenizer import END_OF_TEXT, Tokenizer, train_bpe
 
 log = logging.getLogger(__name__)
 
 SFT_FORMAT = 1  # part of every fingerprint: raise it when the same value gives other stores
-SPLITS = ("train", "val")
-_LONE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -97,18 +104,13 @@ def prepare(chats: Chats, cache: Path, *, tokenizer: Tokenizer | None = None) ->
     Raises: ValueError for a damaged cache, a vocab mismatch, a document that is no conversation, or
     a source with too few of them.
     """
-    if tokenizer is None and chats.tokenizer is not None:
-        tokenizer = Tokenizer.load(Path(chats.tokenizer))
-    if tokenizer is not None and tokenizer.vocab != chats.vocab:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab} ids, data.vocab is {chats.vocab}; set data.vocab "
-            f"to {tokenizer.vocab}, or leave the tokenizer out to train one"
-        )
+    tokenizer = given_tokenizer(chats.tokenizer, chats.vocab, tokenizer)
     fingerprint = fingerprint_of(chats, tokenizer)
     folder = Path(cache) / f"sft-{fingerprint[:16]}"
     if not folder.exists():
         _build(chats, folder, tokenizer)
-    return _open(chats, folder, fingerprint)
+    names = [source.name for source, _ in chats.sources]
+    return open_prepared(folder, names, chats.vocab, fingerprint)
 
 
 def fingerprint_of(chats: Chats, tokenizer: Tokenizer | None = None) -> str:
@@ -343,13 +345,10 @@ def pack_samples(
 
 
 def _build(chats: Chats, folder: Path, tokenizer: Tokenizer | None) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with built(folder) as temporary:
         docs, dropped = _gather(chats)
         if tokenizer is None:
-            tokenizer = train_bpe(_sample(chats, docs), chats.vocab)
+            tokenizer = train_bpe(sample_texts(docs, chats.bpe_chars), chats.vocab)
         tokenizer.save(temporary)
         report: dict[str, Any] = {"tokenizer": tokenizer.fingerprint, "dropped": dropped}
         report["sources"] = {}
@@ -357,15 +356,7 @@ def _build(chats: Chats, folder: Path, tokenizer: Tokenizer | None) -> None:
             counts = _write(temporary / split / name, chats, part, tokenizer)
             report["sources"].setdefault(name, {})[split] = counts
             log.info("%s, %s: %s", name, split, counts)
-        (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            log.info("%s was prepared by another process meanwhile; using that one", folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_report(temporary, report)
 
 
 def _write(path: Path, chats: Chats, docs: Sequence[Doc], tokenizer: Tokenizer) -> dict[str, int]:
@@ -416,15 +407,15 @@ def _gather(chats: Chats) -> tuple[dict[tuple[str, str], list[Doc]], dict[str, d
                     f'{doc.id} of {source.name!r} is text: it has no meta["messages"]; '
                     "give conversations (data/chats.py)"
                 )
-            if _LONE.search(doc.text) is not None:  # no tokenizer takes such a text
+            if LONE.search(doc.text) is not None:
                 out["lone_surrogates"] += 1
                 continue
-            same = _digest(*(doc.meta.get(name, "") for name in ("messages", "tools", "thinking")))
+            same = digest(*(doc.meta.get(name, "") for name in ("messages", "tools", "thinking")))
             if same in seen:
                 out["duplicates"] += 1
                 continue
             seen.add(same)
-            keyed.append((_digest(str(chats.seed), doc.id, same), doc))
+            keyed.append((digest(str(chats.seed), doc.id, same), doc))
         dropped[source.name] = out | counts
         keyed.sort(key=lambda pair: pair[0])
         kept = [doc for _, doc in keyed[: chats.max_docs]]
@@ -436,53 +427,9 @@ def _gather(chats: Chats) -> tuple[dict[tuple[str, str], list[Doc]], dict[str, d
 def _split(docs: Sequence[Doc], name: str, chats: Chats) -> tuple[list[Doc], list[Doc]]:
     """Train and val conversations; groups stay together, and neither side is empty."""
     group_of = [doc.meta.get("group") or doc.id for doc in docs]
-    place_of = {group: int(_digest(str(chats.seed), group)[:16], 16) for group in group_of}
-    ordered = sorted(place_of.values())
-    if len(ordered) < 2:
+    if (groups := len(set(group_of))) < 2:
         raise ValueError(
-            f"source {name!r} has {len(docs)} conversations in {len(ordered)} groups, train and "
+            f"source {name!r} has {len(docs)} conversations in {groups} groups, train and "
             "validation need one each; give it more"
         )
-    # More conversations move none of the old ones; a side that would be empty gets the nearest.
-    limit = min(max(int(chats.val_fraction * 2**64), ordered[0] + 1), ordered[-1])
-    in_val = [place_of[group] < limit for group in group_of]
-    train = [doc for doc, val in zip(docs, in_val, strict=True) if not val]
-    return train, [doc for doc, val in zip(docs, in_val, strict=True) if val]
-
-
-def _sample(chats: Chats, docs: Mapping[tuple[str, str], Sequence[Doc]]) -> Iterator[str]:
-    """Training texts for the tokenizer, an equal share of every source's characters."""
-    parts = [part for (_, split), part in docs.items() if split == "train"]
-    sizes = [sum(len(doc.text) for doc in part) for part in parts]
-    share = min(1.0, chats.bpe_chars / max(1, sum(sizes)))
-    for part, size in zip(parts, sizes, strict=True):
-        left = share * size
-        for doc in part:
-            if left <= 0:
-                break
-            yield doc.text
-            left -= len(doc.text)
-
-
-def _open(chats: Chats, folder: Path, fingerprint: str) -> Prepared:
-    file = folder / "report.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} has no {file.name}; delete the folder and prepare again")
-    tokenizer = Tokenizer.load(folder)
-
-    def opened(split: str) -> dict[str, TokenStore]:
-        return {
-            source.name: open_store(
-                folder / split / source.name,
-                vocab=chats.vocab,
-                tokenizer_fingerprint=tokenizer.fingerprint,
-            )
-            for source, _ in chats.sources
-        }
-
-    report = json.loads(file.read_text(encoding="utf-8"))
-    return Prepared(tokenizer, opened("train"), opened("val"), report, fingerprint)
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return split_by_group(docs, group_of, chats.seed, chats.val_fraction)

@@ -13,7 +13,7 @@ from typing import Any
 
 from glm45_jax.data.gather import Piece
 from glm45_jax.data.html import extract
-from glm45_jax.data.reading import DroppedError, Ledger
+from glm45_jax.data.reading import DroppedError, Ledger, sha256_of
 
 PAGES = ("web", "web_multilingual")  # kinds whose texts are HTML
 
@@ -59,7 +59,7 @@ class PartWriter:
             path = self._path(kind)
             path.rename(path.with_name(f"{self.part}.arrayrecord"))
             path = path.with_name(f"{self.part}.arrayrecord")
-            kinds[kind] |= {"sha256": _file_digest(path), "file_bytes": path.stat().st_size}
+            kinds[kind] |= {"sha256": sha256_of(path), "file_bytes": path.stat().st_size}
         return {"kinds": kinds, "repositories": self.repositories}
 
     def close(self) -> None:
@@ -105,8 +105,3 @@ def _digest(parts: Iterable[str]) -> str:
     for part in parts:
         digest.update(part.encode() + b"\n")
     return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,6 +22,7 @@ import numpy as np
 import tensorstore as ts
 
 from glm45_jax.data.chunks import Chunks
+from glm45_jax.data.reading import sha256_of
 
 STORE_FORMAT = 1
 CHUNK_TOKENS = 1024 * 1024  # a file each; reads take only the bytes they want (data/chunks.py)
@@ -248,14 +249,9 @@ def _open_array(path: Path) -> ts.TensorStore:
 def _file_table(root: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {
-        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in files
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -307,7 +303,7 @@ def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise _damaged(path, f"{name} has {size} bytes, the manifest {expected['bytes']}")
-        if verify and (found := _sha256(file)) != expected["sha256"]:
+        if verify and (found := sha256_of(file)) != expected["sha256"]:
             raise _damaged(
                 path, f"{name} has sha256 {found[:12]}, the manifest {expected['sha256'][:12]}"
             )

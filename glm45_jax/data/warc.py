@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glm45_jax.data.files import FILES_FORMAT, KEYS, Limits, Record, Unpacked, read_files
+from glm45_jax.data.files import FILES_FORMAT, KEYS, Limits, Record, Unpacked, documents
 from glm45_jax.data.html import HtmlRules, extract, html_version
 from glm45_jax.data.reading import DroppedError, Ledger, check_text, match_files
 from glm45_jax.data.sources import Doc, digest_files
@@ -39,14 +39,12 @@ class Warc:
         Raises: ValueError when nothing matches.
         """
         ledger = Ledger(self.name, *KEYS, "html_code_blocks", "html_code_lost")
-        for where, record in read_files(self, ledger, lambda path: _warc_records(path, self)):
-            try:
-                doc = self._doc(where, record, ledger)
-            except DroppedError as error:
-                ledger.drop(DroppedError(str(error), record.number), where)
-                continue
-            ledger.counts["documents"] += 1
-            yield doc
+        yield from documents(
+            self,
+            ledger,
+            lambda path: _warc_records(path, self),
+            lambda where, record: self._doc(where, record, ledger),
+        )
         return ledger.report()
 
     def version(self) -> str:

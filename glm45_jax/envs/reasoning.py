@@ -218,6 +218,13 @@ def _uses(expression: str, numbers: Sequence[int]) -> bool:
 
 def _usable(dataset: str) -> None:
     if dataset in EXACT or dataset in CHECKED:
+        try:
+            import reasoning_gym  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"{error}: `make setup` leaves reasoning-gym out where it finds no C compiler; "
+                "apt-get install gcc python3-dev, then pip install -r requirements-gym.txt"
+            ) from error
         return
     why = REFUSED.get(dataset, "it is unknown, or nobody has looked at how it checks answers")
     raise ValueError(f"dataset {dataset}: {why}; usable are {sorted({*EXACT, *CHECKED})}")

@@ -29,6 +29,7 @@ from glm45_jax.data.synthetic import (
 from glm45_jax.values import from_json, to_json
 from tests.data.common import run
 from tests.data.stub_endpoint import completion, serving
+from tests.gym import needs_gym
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = (
@@ -102,6 +103,7 @@ def reasoned(endpoint, tmp_path, **fields):
     return Reasoned(GymProblems(FAMILIES), GymCheck(), endpoint, answers, **fields)
 
 
+@needs_gym
 def test_what_stays_is_right_and_every_other_answer_is_counted(tmp_path):
     kinds = ["", "wrong", "inline", "cut", "no_answer", "failed_status_400", "check_failed"]
     order = {asked: number for number, asked in enumerate(oracle())}
@@ -133,6 +135,7 @@ def test_what_stays_is_right_and_every_other_answer_is_counted(tmp_path):
         assert doc.text.endswith(said["content"]) and "<" not in said["content"]
 
 
+@needs_gym
 def test_samples_give_a_pass_rate_and_stay_on_one_side_of_the_split(tmp_path):
     def spoils(asked, seed):
         return "wrong" if (len(asked) + seed) % 3 == 0 or len(asked) % 7 == 0 else ""
@@ -150,6 +153,7 @@ def test_samples_give_a_pass_rate_and_stay_on_one_side_of_the_split(tmp_path):
         reasoned(NOWHERE, tmp_path, samples=2, keep=3)
 
 
+@needs_gym
 def test_what_is_in_an_evaluation_set_is_not_asked_and_what_recites_one_goes(tmp_path):
     asked = list(oracle())
     # Numbers make items of their own; the wording of a family is longer than a chance.
@@ -175,6 +179,7 @@ def test_what_is_in_an_evaluation_set_is_not_asked_and_what_recites_one_goes(tmp
     assert counts["decontaminate_contaminated"] == 1
 
 
+@needs_gym
 def test_problems_are_the_same_every_time_and_no_question_stands_twice():
     few = GymProblems((Family("chain_sum", 60, (("max_digits", 1), ("max_terms", 2))),))
     docs, counts = run(few)

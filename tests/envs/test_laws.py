@@ -11,6 +11,7 @@ import pytest
 from glm45_jax.envs import arithmetic, math, mixed, reasoning, science
 from glm45_jax.envs.types import Env
 from tests.envs.common import prove, tricks
+from tests.gym import needs_gym
 
 MATHS = (
     {"question": "6 times 7?", "answer": "6 * 7 = <<6*7=42>>42\n#### 42"},
@@ -56,6 +57,7 @@ def test_arithmetic_proves_itself(digits, operators):
         prove(env, task, task.answer, {**tricks(plain, task.answer, wrong), **more})
 
 
+@needs_gym
 @pytest.mark.parametrize(
     "dataset", ["chain_sum", "spell_backward", "knights_knaves", "rotate_matrix", "countdown"]
 )
@@ -87,6 +89,7 @@ def test_mathematics_proves_itself():
         prove(env, task, box("1") + box(task.answer), wrongs)
 
 
+@needs_gym
 @pytest.mark.parametrize("dataset", ["gsm_symbolic", "chain_sum", "gcd"])
 def test_grade_school_proves_itself(dataset):
     env = math.grade_school(dataset)
@@ -156,6 +159,7 @@ def prints(numbers=(0, 7, 1023, 1024, 10**6)) -> list[list[str]]:
     ]
 
 
+@needs_gym
 def test_a_task_is_a_function_of_its_number_in_every_process():
     code = "from tests.envs.test_laws import *; import json; print(json.dumps(prints()))"
     done = subprocess.run(
@@ -171,12 +175,14 @@ def test_a_task_is_a_function_of_its_number_in_every_process():
     assert all(len(set(row)) > 1 for row in mine)
 
 
+@needs_gym
 def test_environments_can_be_sent_to_workers():
     for env in all_worlds():
         again = pickle.loads(pickle.dumps(env))
         assert again.tasks(5) == env.tasks(5) and again.name == env.name
 
 
+@needs_gym
 def test_names_of_worlds_differ():
     names = [env.name for env in all_worlds()]
     names += [reasoning.env("chain_sum").name, reasoning.env("chain_sum", min_terms=3).name]

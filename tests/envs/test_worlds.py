@@ -2,6 +2,7 @@
 
 import collections
 import json
+import sys
 
 import pytest
 
@@ -9,6 +10,7 @@ from glm45_jax.envs import arithmetic, math, mixed, reasoning, science
 from glm45_jax.envs.files import Deck
 from glm45_jax.envs.types import Env, Part
 from tests.envs.common import reply, score
+from tests.gym import needs_gym
 
 ROWS = [{"question": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(200)]
 
@@ -17,6 +19,7 @@ def length_of(task) -> int:
     return len(str(task.prompt))
 
 
+@needs_gym
 @pytest.mark.parametrize("dataset", ["chain_sum", "spell_backward", "gcd"])
 def test_higher_levels_are_harder(dataset):
     worlds = [reasoning.env(dataset, level=level) for level in (0, 3)]
@@ -25,6 +28,7 @@ def test_higher_levels_are_harder(dataset):
     assert max(reasoning.levels(dataset).values()) > 1
 
 
+@needs_gym
 def test_settings_go_over_the_level_and_into_the_name():
     reasoning.env("basic_arithmetic", operators=["+", "-"]).tasks(0)
     env = reasoning.env("chain_sum", level=3, min_terms=2, max_terms=2)
@@ -47,6 +51,7 @@ def test_datasets_that_prove_nothing_are_refused_with_the_reason(dataset, why):
         reasoning.env(dataset)
 
 
+@needs_gym
 def test_wrong_settings_are_refused_when_the_world_is_made():
     with pytest.raises(ValueError, match="chain_sum with"):
         reasoning.env("chain_sum", no_such_setting=1)
@@ -60,6 +65,7 @@ def test_wrong_settings_are_refused_when_the_world_is_made():
         reasoning.env("chain_sum").tasks(-1)
 
 
+@needs_gym
 def test_no_dataset_is_both_used_and_refused():
     from reasoning_gym.factory import DATASETS
 
@@ -82,6 +88,7 @@ def everything(dataset: str) -> None:
                 assert score(env, task, f"<answer>{wrong}</answer>") == 0, (dataset, wrong)
 
 
+@needs_gym
 @pytest.mark.parametrize("dataset", sorted({*reasoning.CHECKED, "zebra_puzzles", "self_reference"}))
 def test_gold_is_right_and_near_misses_are_wrong(dataset):
     everything(dataset)
@@ -164,6 +171,7 @@ def test_options_stand_in_the_same_order_for_a_question_and_in_any_for_all():
     assert set(counts) == set("ABCD") and min(counts.values()) > 25
 
 
+@needs_gym
 def test_the_sides_of_a_split_share_no_prompt():
     env = reasoning.env("gcd", level=0)
     train = {mixed.split(env, held_out=False).tasks(n).prompt for n in range(300)}
@@ -183,6 +191,7 @@ def test_a_split_without_tasks_on_a_side_says_so():
     raise AssertionError("one question is on both sides")
 
 
+@needs_gym
 def test_a_mixture_draws_by_weight_and_judges_by_the_tasks_own_world():
     sums, words = arithmetic.env(), reasoning.env("spell_backward", level=0)
     env = mixed.mix({sums: 3.0, words: 1.0})
@@ -211,3 +220,9 @@ def test_worlds_that_do_not_fit_together_are_refused():
     ):
         with pytest.raises(ValueError, match=why):
             mixed.mix(worlds)
+
+
+def test_without_reasoning_gym_a_world_of_it_is_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ModuleNotFoundError, match=r"apt-get install gcc .* requirements-gym\.txt"):
+        reasoning.env("chain_sum")

@@ -32,6 +32,7 @@ from glm45_jax.optim.schedules import Constant, Cosine
 from glm45_jax.rollout import weights
 from glm45_jax.rollout.driver import Driver
 from glm45_jax.rollout.engine import GlmEngine
+from glm45_jax.rollout.request import Request
 from glm45_jax.rollout.sampling import Sampling
 from glm45_jax.sharding import MeshShape
 from glm45_jax.train.parallel import Recipe, make_trainer
@@ -157,12 +158,17 @@ def timed(
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def trainer_view(
-    params: transformer.Params, tokens_BT: jax.Array, heat: jax.Array, *, cfg: config.ModelConfig
+    params: transformer.Params,
+    tokens_BT: jax.Array,
+    heat: jax.Array,
+    routes_BTLA: jax.Array | None = None,
+    *,
+    cfg: config.ModelConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs of tokens 1 .. T - 1 at temperature 1, and at `heat` the overlap, sum of min(p, q),
-    of the model's distribution of tokens 2 .. T with MTP's. [B, T - 1] each.
+    of the model's distribution of tokens 2 .. T with MTP's. [B, T - 1] each. routes: the engine's.
     """
-    hidden = transformer.forward(params, tokens_BT, cfg=cfg)
+    hidden = transformer.forward(params, tokens_BT, cfg=cfg, routes_BTLA=routes_BTLA)
     ahead = mtp.forward_all(params, hidden.hidden_BTD, tokens_BT, cfg=cfg)
     logits_BTV = transformer.logits(params, hidden, cfg=cfg)
     logp_BTV = jax.nn.log_softmax(logits_BTV[:, :-1], axis=-1)
@@ -184,29 +190,52 @@ def compare(
         for seed, tokens in enumerate(asked)
     ]
     driver.run()
-    ours, theirs, overlap = [], [], []
+    ours, theirs, replayed, overlap = [], [], [], []
     for i in range(0, len(requests), ROWS_AT_ONCE):
         some = requests[i : i + ROWS_AT_ONCE]
         row_BT = jnp.asarray([request.tokens() for request in some], jnp.int32)
-        view = trainer_view(trained, row_BT, jnp.float32(heat), cfg=case.cfg)
-        logp_BT, overlap_BT = (np.asarray(x, np.float64)[:, case.prompt - 1 :] for x in view)
+        views = [trainer_view(trained, row_BT, jnp.float32(heat), cfg=case.cfg)]
+        if engine.routes:
+            routes_BTLA = jnp.asarray([_routes(request) for request in some])
+            views.append(
+                trainer_view(trained, row_BT, jnp.float32(heat), routes_BTLA, cfg=case.cfg)
+            )
+        (logp_BT, overlap_BT), *rest = (
+            [np.asarray(x, np.float64)[:, case.prompt - 1 :] for x in view] for view in views
+        )
         ours.append(np.asarray([request.logp_raw for request in some], np.float64))
         theirs.append(logp_BT)
+        replayed += [logp for logp, _ in rest]
         overlap.append(overlap_BT[:, :-1])  # the last is of a token that nobody drew
-    ratio = np.concatenate(theirs) - np.concatenate(ours)
     same = np.concatenate(overlap)
-    row = {
+    row: dict[str, Any] = {
         "draft": engine.draft,
         "temperature": heat,
-        "tokens": int(ratio.size),
+        "tokens": len(requests) * case.out,
         "rejection_sampling_would_accept": round(float(same.mean()), 4),
         "coupling_accepts_at_least": round(float((same / (2 - same)).mean()), 4),
     }
-    if heat == 1.0:  # r - 1 - log r has the mean of -log r, and none of its spread
-        row["kl_a_token"] = float(f"{np.mean(np.expm1(ratio) - ratio):.3g}")
-        row["kl_plain_mean"] = float(f"{-ratio.mean():.3g}")
-        row["largest_log_ratio"] = round(float(np.abs(ratio).max()), 4)
+    if heat == 1.0:
+        row |= mismatch(np.concatenate(theirs) - np.concatenate(ours))
+        if replayed:
+            row["replayed"] = mismatch(np.concatenate(replayed) - np.concatenate(ours))
     return row
+
+
+def mismatch(ratio: np.ndarray) -> dict[str, float]:
+    """KL(rollout, trainer) a token of log-ratios of tokens that the rollout drew."""
+    return {  # r - 1 - log r has the mean of -log r, and none of its spread
+        "kl_a_token": float(f"{np.mean(np.expm1(ratio) - ratio):.3g}"),
+        "kl_plain_mean": float(f"{-ratio.mean():.3g}"),
+        "largest_log_ratio": round(float(np.abs(ratio).max()), 4),
+    }
+
+
+def _routes(request: Request) -> np.ndarray:
+    """[T, L, A], -1 for tokens that the engine did not read."""
+    routes_TLA = np.concatenate(request.routes).astype(np.int32)
+    missing = len(request.tokens()) - len(routes_TLA)
+    return np.pad(routes_TLA, ((0, missing), (0, 0), (0, 0)), constant_values=-1)
 
 
 def served_shapes(cfg: config.ModelConfig) -> transformer.Params:
@@ -247,7 +276,8 @@ def measure(case: Case, tokens_N: np.ndarray, save: Callable[[dict[str, Any]], N
                 speed.append(timed(case, engine, served, asked, heat))
                 print(speed[-1], flush=True)
                 if slots == max(case.batches) and draft in (0, max(case.drafts)) and heat:
-                    views.append(compare(case, engine, served, trained, asked, heat))
+                    teller = dataclasses.replace(engine, routes=heat == 1.0)
+                    views.append(compare(case, teller, served, trained, asked, heat))
                     print(views[-1], flush=True)
                 save({"training": report, "speed": speed, "trainer": views})
 
@@ -296,6 +326,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=16_384, help="of the model and the file")
     parser.add_argument("--steps", type=int, help="of training; default 300")
     parser.add_argument("--batches", type=int, nargs="+", help="slots; default 1 16 64")
+    parser.add_argument("--drafts", type=int, nargs="+", help="default 0 1 2 3")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on made-up tokens")
     args = parser.parse_args()
     if args.make_tokens:
@@ -306,20 +337,24 @@ def main() -> None:
     case = tiny() if args.tiny else mini(args.vocab)
     changes: dict[str, Any] = {"steps": args.steps} if args.steps else {}
     changes |= {"batches": tuple(args.batches)} if args.batches else {}
+    changes |= {"drafts": tuple(args.drafts)} if args.drafts else {}
     case = dataclasses.replace(case, **changes)
     tokens_N = made_up(case.cfg.vocab) if args.tokens is None else np.load(args.tokens)
     if tokens_N.min() < 0 or tokens_N.max() >= case.cfg.vocab:
         parser.error(f"ids {tokens_N.min()}..{tokens_N.max()} are not below {case.cfg.vocab}")
     value = {
         "command": f"python -m experiments.bench.speculation --tokens FILE --vocab {args.vocab} "
-        f"--steps {case.steps} --batches {' '.join(map(str, case.batches))}",
+        f"--steps {case.steps} --batches {' '.join(map(str, case.batches))} "
+        f"--drafts {' '.join(map(str, case.drafts))}",
         "jax": jax.__version__,
         "case": {k: v for k, v in dataclasses.asdict(case).items() if k != "cfg"},
     }
 
+    key = "speculation_drafts_" + "_".join(map(str, sorted(case.drafts)))
+
     def save(found: dict[str, Any]) -> None:
         if not args.tiny:
-            merge_result(device_name(), "speculation", value | found)
+            merge_result(device_name(), key, value | found)
 
     keep_compiled()
     measure(case, tokens_N, save)

@@ -41,6 +41,7 @@ class Tuning:
     interpret: bool = False
 
 
+@functools.partial(jax.jit, static_argnames=("skip", "tuning"))
 def paged_attention(
     q_BTNH: jax.Array,
     k_LPSKH: jax.Array,

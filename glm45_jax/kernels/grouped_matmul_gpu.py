@@ -220,6 +220,7 @@ def _consume(
     plgpu.wait_smem_to_gmem(0)
 
 
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype", "plan", "interpret"))
 def rows_by_matrix(
     x_RK: jax.Array,
     w_EDF: jax.Array,
@@ -234,6 +235,7 @@ def rows_by_matrix(
 
     The last tile of a group is shifted back to end where the group ends: rows that two tiles hold
     are written twice, with the same bits. Only a group of less than a tile is stored row by row.
+    Jitted: a program traces and lowers (0.5 s) each of its shapes once, however many layers use it.
     """
     R, K = x_RK.shape
     E, N = w_EDF.shape[0], w_EDF.shape[1 if transposed else 2]

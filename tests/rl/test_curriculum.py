@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm45_jax.envs.scores import pass_at_k
 from glm45_jax.rl.curriculum import (
     HARD,
     MODERATE,
@@ -22,7 +23,6 @@ from glm45_jax.rl.curriculum import (
     Stage,
     Tasks,
     oversampled,
-    pass_at_k,
 )
 from glm45_jax.rl.lengths import lengths
 from glm45_jax.rl.pool import Pool, Rules

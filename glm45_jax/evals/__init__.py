@@ -1,0 +1,1 @@
+"""Evaluations: what a score is, and how sure we are of it."""

@@ -61,7 +61,8 @@ class _Spaces:
     """
 
     def __init__(self, most: int) -> None:
-        self.words_of, n = [], most + 1
+        self.words_of: list[list[int]] = []
+        n = most + 1
         while n > 1 or not self.words_of:
             n = -(-n // 64)
             self.words_of.append([0] * n)

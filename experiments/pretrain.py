@@ -145,6 +145,7 @@ def _full(
             keep=5,
             validate_every=1000,
             validate_rows=devices,
+            hung_after_s=1800.0,
         ),
         mesh=mesh,
     )

@@ -1,4 +1,5 @@
-"""Reasoning RL: `tiny` (two-digit sums, a CPU, minutes), `glm45_air`, `glm45` (clusters, planned).
+"""Reasoning RL: `tiny` (two-digit sums, a CPU, minutes), `smollm2` and `smollm2_moe` (a real model,
+one H100, planned), `glm45_air`, `glm45` (clusters, planned).
 
 `tiny` begins with demonstrations of which 3 in 10 are right and the others never carry. RL then
 selects what these show; it does not discover how to carry. The large ones are plans: the paper's
@@ -7,15 +8,17 @@ engine over many devices, which is not there yet.
 """
 
 import dataclasses
+import functools
 
 from glm45_jax.data.chats import MadeChats
 from glm45_jax.data.prepare import Data
 from glm45_jax.data.sft import Chats
 from glm45_jax.data.sources import TextFiles
-from glm45_jax.envs import arithmetic, code, math, science
-from glm45_jax.envs.mixed import mix
-from glm45_jax.envs.types import Env
-from glm45_jax.experiment import Experiment, FromRun, run_rl
+from glm45_jax.envs import arithmetic, code, math, reasoning, science
+from glm45_jax.envs.mixed import mix, split
+from glm45_jax.envs.types import Env, Message
+from glm45_jax.experiment import Experiment, FromRun, FromSmolLM2, run_rl
+from glm45_jax.hf import smollm2 as smol
 from glm45_jax.model import config
 from glm45_jax.model.config import Gqa, ModelConfig, Moe
 from glm45_jax.optim.mixed import AdamW
@@ -36,7 +39,7 @@ BYTES_AND_TOKENS = 256 + 36  # a tokenizer without merges: every digit is a toke
 GLM_VOCAB = 151_365  # ids of the released tokenizer
 PROMPT_TOKENS = 8192  # of the longest prompt; UNVERIFIED
 MTP_WEIGHT = 0.2  # of the drafter, trained online (spec 8)
-ROW = 256
+ROW, SMOL_ROW = 256, 512
 # Nearly all of the 7,000 sums that are not held out, drawn with replacement; and how many rows of
 # the cold start show them right.
 DEMONSTRATIONS, RIGHT = 20_000, 0.3
@@ -147,6 +150,71 @@ def tiny() -> Experiment:
         ),
         run=run_rl,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class School:
+    """Sums and grade-school stories of reasoning-gym; a share is held out."""
+
+    held_out: bool = False
+
+    @functools.cache  # noqa: B019  (two values, and a call a task)
+    def __call__(self) -> Env:
+        worlds = [reasoning.env(d, level=1) for d in ("chain_sum", "basic_arithmetic", "products")]
+        worlds.append(reasoning.env("gsm_symbolic"))
+        return split(mix(worlds, name="school"), held_out=self.held_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """Tasks of the training side with the answer alone, which teaches the form and the stop."""
+
+    def __call__(self, n: int) -> list[Message]:
+        task = School()().tasks(n)
+        return [*task.messages, {"role": "assistant", "content": f"<answer>{task.answer}</answer>"}]
+
+
+def smollm2(model: ModelConfig = smol.smollm2(), name: str = "rl_smollm2") -> Experiment:
+    """SmolLM2-135M on one H100: a short cold start into GLM's format, then 100 batches of 64 x 8.
+
+    `python -m glm45_jax.hf.smollm2 corpus/smollm2` writes the tokenizer. All numbers UNVERIFIED.
+    """
+    rows, cold_steps, none = 32, 60, Constant(0.0)
+    cosine = Cosine(total=float(cold_steps * rows * SMOL_ROW), warmup=1e5, end=0.1)
+    train = Train(steps=100, rows=rows, mtp_weight=none, bias_rate=none, save_every=50)
+    return Experiment(
+        name=name,
+        model=model,
+        data=Chats(
+            sources=((MadeChats(Answered(), 8000, name="answered"), 1.0),),
+            seq_len=SMOL_ROW,
+            vocab=smol.IDS,
+            tokenizer="corpus/smollm2/tokenizer.json",
+        ),
+        optim=AdamW(lr=3e-6, schedule=Constant(), b2=0.98, weight_decay=0.0),
+        train=train,
+        mesh=Pmap(1),
+        init=FromSmolLM2(),
+        rl=Rl(
+            world=School(),
+            update=Update(replay=model.n_moe > 0),
+            groups=64,
+            sampling=Sampling(max_tokens=256),
+            serving=Serving(slots=256, pages=8192, max_tokens=SMOL_ROW, buckets=(64, 256)),
+            split=Split(first=0),
+            evaluation=Evaluation(world=School(held_out=True), tasks=512, every=25),
+            thinking=False,
+            cold_start=ColdStart(
+                AdamW(lr=5e-5, schedule=cosine), dataclasses.replace(train, steps=cold_steps)
+            ),
+        ),
+        run=run_rl,
+    )
+
+
+def smollm2_moe() -> Experiment:
+    """The same from SmolLM2 upcycled to 8 experts; the engine's choices of them are replayed."""
+    return smollm2(smol.smollm2_moe(), "rl_smollm2_moe")
 
 
 def glm45_air() -> Experiment:

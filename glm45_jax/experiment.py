@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 import time
@@ -34,7 +33,17 @@ from glm45_jax.rl.config import Rl
 from glm45_jax.rl.loop import Outcome as RlOutcome
 from glm45_jax.rollout.sampling import generate
 from glm45_jax.sharding import MeshShape, Rules
-from glm45_jax.start import FromHF, FromRun, Scratch, check_tokenizer, initial
+from glm45_jax.start import (
+    FromHF,
+    FromRun,
+    FromSmolLM2,
+    Scratch,
+    check_claim,
+    check_tokenizer,
+    initial,
+    write_claim,
+)
+from glm45_jax.train.goodput import Goodput
 from glm45_jax.train.loop import Outcome, Validate, resume, run_steps
 from glm45_jax.train.parallel import Pmap, Recipe, Trainer, make_trainer
 from glm45_jax.train.report import write_report
@@ -44,9 +53,6 @@ from glm45_jax.train.state import Train, TrainState
 log = logging.getLogger(__name__)
 
 MAX_PADDING_ROWS = 1024  # of the embedding beyond the tokenizer's ids; the released table has 187
-# What may change in a workdir that goes on.
-MAY_CHANGE = ("mesh", "rules", "train.log_every", "train.save_every", "train.keep")
-RL_MAY_CHANGE = ("train.steps", "rl.evaluation", "rl.serving", "rl.most_dropped")
 
 
 class BadInput(ValueError):
@@ -83,7 +89,7 @@ class Experiment:
     train: Train
     mesh: MeshShape | Pmap = MeshShape()
     rules: Rules = Rules()
-    init: Scratch | FromRun | FromHF = Scratch()
+    init: Scratch | FromRun | FromHF | FromSmolLM2 = Scratch()
     report: Report = Report()
     seed: int = 0
     stages: tuple[Stage, ...] = ()
@@ -151,6 +157,7 @@ class Experiment:
                 ramp_multiple=1,
                 bias_rate=Constant(stage.bias_rate),
                 mtp_weight=Constant(stage.mtp_weight),
+                guard=dataclasses.replace(self.train.guard, since_step=span.first_step),
             ),
         )
 
@@ -174,15 +181,21 @@ def run_training(exp: Experiment, workdir: pathlib.Path) -> Outcome:
     """
     began = time.monotonic()
     try:
-        ready = _open(exp, workdir)
+        goodput = Goodput(workdir / "goodput.json" if jax.process_index() == 0 else None)
+        ready = _open(exp, workdir, goodput)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
     leg = ready.legs[0]
     log.info("%d devices, step %d of %d", leg.trainer.n_devices, ready.start, exp.train.steps)
     state, outcome = _train(ready)
-    if jax.process_index() == 0 and outcome.why != "not finite":
-        path = _write_report(ready, state, outcome, time.monotonic() - began)
-        log.info("report: %s", path)
+    if outcome.why != "skips spent":
+        params = _for_samples(ready, state)
+        if jax.process_index() == 0:
+            path = _write_report(ready, params, outcome, time.monotonic() - began)
+            log.info("report: %s", path)
+        goodput.spent("hooks")
+    log.info("time: %s", goodput.text())
+    goodput.write(done=outcome.why == "done")
     return outcome
 
 
@@ -191,12 +204,12 @@ def run_rl(exp: Experiment, workdir: pathlib.Path) -> RlOutcome:
     start comes before it, in a workdir of its own. Raises: BadInput, as `run_training`.
     """
     try:
-        _check_claim(exp, workdir)
+        check_claim(exp, workdir)
         tokenizer, updater = rl_run.tokenizer_of(exp, workdir), rl_run.updater_of(exp)
         check_tokenizer(exp, tokenizer)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(str(error)) from error
-    _write_claim(exp, workdir)
+    write_claim(exp, workdir)
     begin = functools.partial(_begin_rl, exp, workdir)
     return rl_run.run(exp, workdir, tokenizer=tokenizer, updater=updater, initial=begin)[1]
 
@@ -229,11 +242,12 @@ class _Ready:
     checkpoints: Checkpoints
     state: TrainState
     start: int
+    goodput: Goodput
 
 
-def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
+def _open(exp: Experiment, workdir: pathlib.Path, goodput: Goodput) -> _Ready:
     """Every check first, what is written last: a run that is refused leaves no mark."""
-    _check_claim(exp, workdir)
+    check_claim(exp, workdir)
     used = [span for span in exp.spans if span.first_step < exp.train.steps]
     trainers = [_trainer(exp.of(span), span) for span in used]
     prepared = hosts.first_then_others(lambda: prepare_any(exp.data, workdir / "data"), "prepared")
@@ -245,6 +259,7 @@ def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
         for span, trainer, source in zip(used, trainers, sources, strict=True)
     ]
     checkpoints = Checkpoints(workdir / "checkpoints", keep=exp.train.keep)
+    goodput.spent("start")
     resumed = resume(trainers[0], checkpoints)
     if resumed is None:
         state, start = initial(exp, trainers[0]), 0
@@ -254,9 +269,11 @@ def _open(exp: Experiment, workdir: pathlib.Path) -> _Ready:
         taken = next(leg for leg in legs if start <= leg.span.end_step)
         taken.source.check_state(sidecars["loader"])
         log.info("resuming at step %d", start)
-    _write_claim(exp, workdir)
+    goodput.spent("restore")
+    goodput.resumed(start)
+    write_claim(exp, workdir)
     legs = [leg for leg in legs if start < leg.span.end_step] or legs[-1:]
-    return _Ready(exp, workdir, prepared, legs, checkpoints, state, start)
+    return _Ready(exp, workdir, prepared, legs, checkpoints, state, start, goodput)
 
 
 def _trainer(exp: Experiment, span: Span) -> Trainer:
@@ -321,40 +338,6 @@ def _same_rows(rows: int, step: int) -> tuple[int, int]:
     """A span of a loader that gives the same rows at every step."""
     del step
     return 0, rows
-
-
-def _check_claim(exp: Experiment, workdir: pathlib.Path) -> None:
-    """The workdir is new, or holds this experiment, or its first stages.
-
-    Raises: ValueError naming what differs.
-    """
-    path = workdir / "experiment.json"
-    if not path.exists():
-        if (workdir / "checkpoints").exists():
-            raise ValueError(
-                f"{workdir} has checkpoints but no experiment.json; give another --workdir"
-            )
-        return
-    old = values.from_json(json.loads(path.read_text()))
-    longer = old.stages and old.stages == exp.stages[: len(old.stages)]
-    may_change = (*MAY_CHANGE, *(("name", "stages", "train.steps") if longer else ()))
-    may_change += RL_MAY_CHANGE if exp.rl is not None else ()
-    differ = [
-        f"{key}: {there!r} there, {here!r} here"
-        for key, there, here in values.diff(old, exp)
-        if not key.startswith(may_change)
-    ]
-    if differ:
-        raise ValueError(
-            f"{workdir} holds another experiment ({'; '.join(differ[:5])}); "
-            "nothing was touched; give another --workdir, or the old values"
-        )
-
-
-def _write_claim(exp: Experiment, workdir: pathlib.Path) -> None:
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "experiment.json").write_text(json.dumps(values.to_json(exp), indent=1))
 
 
 def _packed(data: Data | Chats) -> bool:
@@ -450,12 +433,11 @@ def _train_leg(
         hooks=hooks,
         utilisation=lambda tokens_per_s: tokens_per_s * mfu_of_one,
         facts=facts if leg.span.stage is not None else {},
+        goodput=ready.goodput,
     )
 
 
-def _write_report(
-    ready: _Ready, state: TrainState, outcome: Outcome, seconds: float
-) -> pathlib.Path:
+def _write_report(ready: _Ready, params: Any, outcome: Outcome, seconds: float) -> pathlib.Path:
     exp = ready.exp
     counts = cost.param_counts(exp.model)
     active = counts.active_body_and_head
@@ -467,13 +449,14 @@ def _write_report(
         "parameters": f"{counts.total_stored:,} stored, {active:,} active a token",
         "tokens": f"{outcome.tokens:,} in this session",
         "time": f"{outcome.seconds:.0f} s training and compiling, {seconds:.0f} s with data",
+        "all sessions": ready.goodput.text(),
         "training tokens": f"{train_tokens:,} there (vocabulary {exp.data.vocab:,})",
     }
     validation = next(iter(ready.legs[0].validations.values()))
     rows_BT1 = np.concatenate([validation.tokens_BT, validation.targets_BT[:, -1:]], axis=1)
     fit = functools.partial(ngram.losses, ready.prepared.train.values(), rows_BT1, exp.data.vocab)
     baselines = fit() if exp.report.ngrams else {}
-    samples = _samples(ready, state) if exp.report.prompts else []
+    samples = _samples(ready, params) if exp.report.prompts else []
     path = write_report(
         ready.workdir, title=exp.name, facts=facts, baselines=baselines, samples=samples
     )
@@ -482,9 +465,15 @@ def _write_report(
     return path
 
 
-def _samples(ready: _Ready, state: TrainState) -> list[tuple[str, str]]:
+def _for_samples(ready: _Ready, state: TrainState) -> Any:
+    """Weights that one process can sample from; None where no prompt asks for it."""
+    if not ready.exp.report.prompts:
+        return None
+    return hosts.whole(ready.legs[-1].trainer.save_view(state).params)
+
+
+def _samples(ready: _Ready, params: Any) -> list[tuple[str, str]]:
     exp, tokenizer = ready.exp, ready.prepared.tokenizer
-    params = ready.legs[-1].trainer.save_view(state).params
     ids = generate(
         params,
         [prompt_ids(exp.data, tokenizer, text) for text in exp.report.prompts],

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -32,6 +34,11 @@ def join(environ: Mapping[str, str] = os.environ) -> None:
     else:
         coordinator, processes, process = where
         jax.distributed.initialize(coordinator, processes, process)
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        # A CPU program from the cache may run its collectives in another order than the same one
+        # compiled, and the first process alone writes the cache: one waits in an all-to-all, the
+        # other in an all-reduce, for ever (seen in four of five starts, never without the cache).
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def address(text: str) -> tuple[str, int, int] | None:
@@ -68,3 +75,12 @@ def anyone(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.asarray(multihost_utils.process_allgather(np.int32(flag))).any())
+
+
+def whole(tree: Any) -> Any:
+    """The arrays whole in the memory of every process, which need not hold their shards; as they
+    are, if there is one process. All must call it.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(jnp.asarray, multihost_utils.process_allgather(tree, tiled=True))

@@ -47,8 +47,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 bad input, 3 a step was not finite, 4 engine and trainer of an RL run
-    disagree, 5 its sampling came to no batch, 143 stopped by a signal with a checkpoint saved.
+    """Exit code: 0 done, 2 bad input, 3 a step was not finite (of pretraining: and the budget for
+    such steps is spent), 4 engine and trainer of an RL run disagree, 5 its sampling came to no
+    batch, 6 no step finished in time, 143 stopped by a signal with a checkpoint saved.
     """
     args = parser().parse_args(argv)
     _use_compile_cache()
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = experiment.run(experiment, args.workdir)
     except BadInput as error:
         return _refuse(error)
-    codes = {"not finite": NOT_FINITE, "gate": GATE, "starved": STARVED, "stopped": STOPPED}
+    codes = {"not finite": NOT_FINITE, "skips spent": NOT_FINITE, "gate": GATE}
+    codes |= {"starved": STARVED, "stopped": STOPPED}
     return codes.get(outcome.why, 0)
 
 

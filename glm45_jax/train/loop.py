@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import pathlib
 import signal
 import threading
@@ -24,11 +23,16 @@ from glm45_jax import hosts
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data.types import Batch
 from glm45_jax.metrics import Window
+from glm45_jax.train.goodput import Goodput
+from glm45_jax.train.guard import keep_batch, kept_batches
 from glm45_jax.train.parallel import Trainer
 from glm45_jax.train.state import Train, TrainState
 from glm45_jax.train.step import StepOut
+from glm45_jax.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+Why = Literal["done", "stopped", "skips spent"]
 
 
 class Hook(Protocol):
@@ -57,15 +61,16 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. why: "done", "stopped" (a signal), or "not finite" (the batch is saved at
-    `batch_file`).
+    """How a run ended. why: "done", "stopped" (a signal), or "skips spent" (a step had to be left
+    out and the budget was spent). kept: batches of all steps left out so far, of those that this
+    host sees.
     """
 
     step: int
-    why: Literal["done", "stopped", "not finite"]
+    why: Why
     seconds: float
     tokens: int
-    batch_file: pathlib.Path | None = None
+    kept: tuple[pathlib.Path, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,51 +107,46 @@ def run_steps(
     hooks: Sequence[Hook] = (),
     utilisation: Callable[[float], float] | None = None,
     facts: Mapping[str, float] | None = None,
+    goodput: Goodput | None = None,
 ) -> tuple[TrainState, Outcome]:
-    """Steps start .. train.steps. The last state is saved however the run ends; after a step that
-    is not finite the state before it is the last one.
+    """Steps start .. train.steps. The last state is saved however the run ends; where `train.guard`
+    has no budget for another step left out, the state before that step is the last one.
 
     utilisation: tokens a second -> share of the devices' peak, logged as "mfu". facts: logged with
-    every step (which stage this is). sidecars: saved beside every checkpoint. SIGTERM and SIGINT
-    end the run after the current step, with a checkpoint.
+    every step (which stage this is). sidecars: saved beside every checkpoint. goodput: told where
+    the time goes. SIGTERM and SIGINT end the run after the current step, with a checkpoint.
     """
-    began, tokens = time.monotonic(), 0
-    saved = -1 if checkpoints.latest() is None else start
-    clock = _Clock()
-    why: Literal["done", "stopped", "not finite"] = "done"
-    batch_file = None
-    step = start
-    with stop_signals() as stop, contextlib.closing(source.iterate(start)) as batches:
+    began, tokens, step = time.monotonic(), 0, start
+    spent = goodput or Goodput()
+    every = train.log_every
+    seen = _Seen(trainer, writers, progress, hooks, utilisation, facts or {}, spent, every)
+    saver = _Saver(checkpoints, trainer, source, sidecars, spent, train.save_every, start)
+    why: Why = "done"
+    watchdog = Watchdog(workdir / "hung" / f"host{jax.process_index()}.txt", train.hung_after_s)
+    spent.spent("start")
+    with stop_signals() as stop, contextlib.closing(source.iterate(start)) as batches, watchdog:
         while step < train.steps:
             batch = next(batches)
+            spent.spent("data")
             state, out = trainer.step(state, batch)
-            if not bool(jax.device_get(out.ok)):
-                batch_file = _save_batch(workdir, step, batch, out)
-                why = "not finite"
+            read = _read(out)
+            watchdog.beat()
+            if read.skipped or not read.ok:
+                _leave_out(workdir, step, batch, read)
+            if not read.ok:
+                why = "skips spent"
                 break
             step += 1
+            spent.spent("skipped" if read.skipped else "productive" if tokens else "start", step)
             tokens += batch.tokens_BT.size * jax.process_count()
-            scalars = {**(facts or {}), **_floats(out.scalars)}
-            scalars |= clock.rates(batch.tokens_BT.size * jax.process_count(), utilisation)
-            hooked = {
-                k: v for h in hooks if h.due(step) for k, v in h(step, state, trainer).items()
-            }
-            if hooked:
-                clock.skip()
-            due = bool(hooked) or step % train.log_every == 0
-            _write(writers, step, scalars | hooked, out, due)
-            if progress is not None:
-                progress.update(step, scalars | hooked)
-            if train.save_every and step % train.save_every == 0:
-                _save(checkpoints, trainer, state, step, source, sidecars)
-                saved = step
+            seen.write(step, state, out, read, batch.tokens_BT.size * jax.process_count())
+            saver.every(state, step)
+            watchdog.beat()
             if hosts.anyone(stop.is_set()):
                 why = "stopped" if step < train.steps else "done"
                 break
-    if step > saved:
-        _save(checkpoints, trainer, state, step, source, sidecars)
-    checkpoints.wait()
-    return state, Outcome(step, why, time.monotonic() - began, tokens, batch_file)
+    saver.end(state, step)
+    return state, Outcome(step, why, time.monotonic() - began, tokens, kept_batches(workdir))
 
 
 def resume(
@@ -161,8 +161,89 @@ def resume(
     return trainer.load_view(restored.state), restored.sidecars, restored.step
 
 
-def _floats(scalars: Mapping[str, jax.Array]) -> dict[str, float]:
-    return {name: float(x) for name, x in jax.device_get(dict(scalars)).items()}
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What the host wants to know of a step."""
+
+    scalars: dict[str, float]
+    ok: bool
+    skipped: bool
+
+
+def _read(out: StepOut) -> _Read:
+    """Of a step that has finished: the one wait for the devices."""
+    scalars, ok, skipped = jax.device_get((dict(out.scalars), out.ok, out.skipped))
+    return _Read({name: float(x) for name, x in scalars.items()}, bool(ok), bool(skipped))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """Who is shown a step: hooks, then writers and the bar."""
+
+    trainer: Trainer
+    writers: Sequence[Any]
+    progress: Any
+    hooks: Sequence[Hook]
+    utilisation: Callable[[float], float] | None
+    facts: Mapping[str, float]
+    goodput: Goodput
+    log_every: int
+    clock: _Clock = dataclasses.field(default_factory=lambda: _Clock())
+
+    def write(self, step: int, state: TrainState, out: StepOut, read: _Read, tokens: int) -> None:
+        """None; hooks have run, and the numbers of the step are handed over where it is their turn
+        (a step left out is always shown).
+        """
+        scalars = {**self.facts, **read.scalars, **self.clock.rates(tokens, self.utilisation)}
+        hooked: dict[str, float] = {}
+        for hook in self.hooks:
+            if hook.due(step):
+                hooked |= hook(step, state, self.trainer)
+        if hooked:
+            self.clock.skip()
+        due = bool(hooked) or step % self.log_every == 0 or read.skipped
+        scalars |= hooked
+        if due:
+            _write(self.writers, step, scalars | self.goodput.scalars(), out)
+        if self.progress is not None:
+            self.progress.update(step, scalars)
+        self.goodput.spent("hooks")
+
+
+@dataclasses.dataclass
+class _Saver:
+    """Saves the state at every so many steps, and at the end where that is not saved yet."""
+
+    checkpoints: Checkpoints
+    trainer: Trainer
+    source: Source
+    sidecars: dict[str, Any]
+    goodput: Goodput
+    save_every: int
+    saved: int
+
+    def __post_init__(self) -> None:
+        if self.checkpoints.latest() is None:
+            self.saved = -1
+
+    def every(self, state: TrainState, step: int) -> None:
+        """None; saved, where it is time for it."""
+        if self.save_every and step % self.save_every == 0:
+            self._save(state, step)
+
+    def end(self, state: TrainState, step: int) -> None:
+        """None; the state of `step` is on disk, and the ledger of time too."""
+        if step > self.saved:
+            self._save(state, step)
+        self.checkpoints.wait()
+        self.goodput.spent("checkpoint")
+        self.goodput.write()
+
+    def _save(self, state: TrainState, step: int) -> None:
+        sidecars = {**self.sidecars, "loader": self.source.state(step)}
+        self.checkpoints.save(step, self.trainer.save_view(state), sidecars=sidecars)
+        self.saved = step
+        self.goodput.spent("checkpoint")
 
 
 class _Clock:
@@ -206,10 +287,8 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _write(
-    writers: Sequence[Any], step: int, scalars: dict[str, float], out: StepOut, due: bool
-) -> None:
-    if not due or not writers:
+def _write(writers: Sequence[Any], step: int, scalars: dict[str, float], out: StepOut) -> None:
+    if not writers:
         return
     load_LE, bias_LE = jax.device_get((out.load_LE, out.bias_LE))
     share_LE = load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1)
@@ -217,29 +296,18 @@ def _write(
         writer.write(step, scalars, {"load": share_LE, "bias": bias_LE})
 
 
-def _save(
-    checkpoints: Checkpoints,
-    trainer: Trainer,
-    state: TrainState,
-    step: int,
-    source: Source,
-    sidecars: dict[str, Any],
-) -> None:
-    checkpoints.save(
-        step, trainer.save_view(state), sidecars={**sidecars, "loader": source.state(step)}
-    )
-
-
-def _save_batch(workdir: pathlib.Path, step: int, batch: Batch, out: StepOut) -> pathlib.Path:
-    """The batch of a step that was not finite, for replay, one file a host."""
-    path = workdir / f"not_finite_step{step}_host{jax.process_index()}.npz"
-    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in vars(batch).items()}
-    np.savez(path, **arrays)
-    bad = [name for name, x in jax.device_get(out.scalars).items() if not math.isfinite(x)]
+def _leave_out(workdir: pathlib.Path, step: int, batch: Batch, read: _Read) -> None:
+    """None; the batch of a step that is left out is on disk, and the log says why."""
+    path = keep_batch(workdir, step, batch)
+    loss, norm = read.scalars["loss"], read.scalars["grad_norm"]
+    numbers = f"batch {step}: loss {loss:.4g}, gradient norm {norm:.4g}"
+    if read.ok:
+        log.warning("step %d left out (%s); its batch is kept in %s", step + 1, numbers, path)
+        return
+    kept = ", ".join(path.name for path in kept_batches(workdir))
     log.error(
-        "step %d is not finite in %s; its update was not applied; batch saved to %s",
-        step,
-        bad,
-        path,
+        "step %d (%s) cannot be left out: the budget of skipped steps is spent. "
+        "Batches of all steps left out are in %s: %s. Look at them (train.guard.read_batch); "
+        "then lower the learning rate, or raise train.guard.budget to leave this one out too",
+        *(step + 1, numbers, path.parent, kept),
     )
-    return path

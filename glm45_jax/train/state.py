@@ -14,12 +14,13 @@ from flax import struct
 
 from glm45_jax import params as params_lib
 from glm45_jax.optim.schedules import BatchRamp, Constant, Schedule, Steps, tokens_zero
+from glm45_jax.train.guard import Guard, Level, no_level
 
 
 @struct.dataclass
 class TrainState:
-    """step: int32, optimizer steps taken. tokens_seen: uint32[2], exact
-    (`optim.schedules.tokens_add`).
+    """step: int32, steps taken or left out. tokens_seen: uint32[2], exact
+    (`optim.schedules.tokens_add`). level: of the loss, which `guard` compares with.
     """
 
     step: jax.Array
@@ -27,6 +28,7 @@ class TrainState:
     opt: Any
     key: jax.Array
     tokens_seen: jax.Array
+    level: Level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Train:
 
     rows: sequences of a global batch at the end of the ramp; start_rows at its start (None: no
     ramp). micro_rows: at most this many sequences a forward pass, over all devices (None: the whole
-    batch). save_every 0: only at the end.
+    batch). save_every 0: only at the end. guard: which steps are left out. hung_after_s: ends the
+    process where no step finishes for so many seconds (`train.watchdog`); 0 waits for ever.
     Source: spec 5.2; the three switches at 15T tokens are `Steps` values.
     """
 
@@ -53,12 +56,16 @@ class Train:
     keep: int = 3
     validate_every: int = 0
     validate_rows: int = 64
+    guard: Guard = Guard()
+    hung_after_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rows < 1:
             raise ValueError(f"steps {self.steps} and rows {self.rows} must be positive")
         if self.start_rows is not None and not 1 <= self.start_rows <= self.rows:
             raise ValueError(f"start_rows {self.start_rows} is not between 1 and rows {self.rows}")
+        if self.hung_after_s < 0:
+            raise ValueError(f"hung_after_s {self.hung_after_s} is negative; 0 waits for ever")
 
     def ramp(self, seq_len: int) -> BatchRamp:
         """Rows of each step."""
@@ -88,4 +95,4 @@ def init_state(specs: Any, tx: optax.GradientTransformation, key: jax.Array) -> 
 
 def state_of(tx: optax.GradientTransformation, params: Any, key: jax.Array) -> TrainState:
     """These weights with a fresh optimizer, step 0."""
-    return TrainState(jnp.int32(0), params, tx.init(params), key, tokens_zero())
+    return TrainState(jnp.int32(0), params, tx.init(params), key, tokens_zero(), no_level())

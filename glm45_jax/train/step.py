@@ -20,6 +20,7 @@ from glm45_jax.data.types import Batch
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.model.transformer import Params
 from glm45_jax.optim.schedules import tokens_add, tokens_float
+from glm45_jax.train.guard import Guard, judge, select
 from glm45_jax.train.loss import LossOut, Weights, count, loss
 from glm45_jax.train.state import Train, TrainState
 
@@ -27,12 +28,15 @@ from glm45_jax.train.state import Train, TrainState
 @struct.dataclass
 class StepOut:
     """scalars: float32, by metric name. load_LE: tokens each expert took. bias_LE: biases after the
-    step. ok: the step was finite and was taken; otherwise the state is the old one."""
+    step. skipped: the step was left out, and the run goes on with the old weights and optimizer.
+    ok: it was taken or left out; otherwise there is no budget for it, and the state is the old one.
+    """
 
     scalars: dict[str, jax.Array]
     load_LE: jax.Array
     bias_LE: jax.Array
     ok: jax.Array
+    skipped: jax.Array
 
 
 def train_step(
@@ -51,8 +55,7 @@ def train_step(
     """The state after one batch, and what to log.
 
     tx: updates for a learning rate of one (`optim.build`); optim.lr_at gives the rate. axis_name:
-    of a `pmap`; on a mesh the batch is global already. A step whose loss or gradient is not finite
-    changes nothing and says so in `ok`.
+    of a `pmap`; on a mesh the batch is global already. `train.guard` says which steps are left out.
     """
     seen = tokens_float(state.tokens_seen)
     weights = Weights(train.mtp_weight(seen), train.balance_weight(seen))
@@ -69,6 +72,7 @@ def train_step(
         specs=specs,
         tokens=batch.tokens_BT.size * devices,
         bias_rate=train.bias_rate(seen),
+        guard=train.guard,
     )
     named = {f"loss/{name}": value for name, value in out.parts.items()}
     return state, stepped.replace(scalars=stepped.scalars | named)
@@ -84,15 +88,17 @@ def descend(
     specs: Any,
     tokens: int,
     bias_rate: jax.Array | None,
+    guard: Guard | None = None,
 ) -> tuple[TrainState, StepOut]:
-    """The state after a step along these gradients of the whole batch, or the old one where they or
-    the loss are not finite; and what to log, but for the parts of the loss.
+    """The state after a step along these gradients of the whole batch, or the old one where `guard`
+    says so (None: where they or the loss are not finite); and what to log, but for the parts of the
+    loss.
 
     tokens: places of the batch, which the schedules count. bias_rate: of the router biases; None
     leaves them alone, and then `out.load_LE` need not have all of their layers.
     """
     grad_norm = optax.tree.norm(grads)
-    ok = jnp.isfinite(out.loss) & jnp.isfinite(grad_norm)
+    verdict = judge(guard, state.level, state.step, out.loss, grad_norm)
     tokens_seen = tokens_add(state.tokens_seen, tokens)
     lr = optim.lr_at(
         tokens_float(tokens_seen)
@@ -103,23 +109,34 @@ def descend(
     )
     if bias_rate is not None:
         params = move_bias(params, out.load_LE, bias_rate)
-    taken = TrainState(
+    now = TrainState(
         step=state.step + 1,
-        params=params,
-        opt=opt,
+        params=select(verdict.take, params, state.params),
+        opt=select(verdict.take, opt, state.opt),
         key=jax.random.fold_in(state.key, state.step),
         tokens_seen=tokens_seen,
+        level=verdict.level,
     )
     scalars = {
         "loss": out.loss,
         "lr": lr,
         "grad_norm": grad_norm,
-        "tokens": tokens_float(taken.tokens_seen),
+        "tokens": tokens_float(tokens_seen),
     }
+    if guard is not None:
+        scalars["skipped"] = verdict.level.skipped.astype(jnp.float32)
     scalars |= {f"update_rms/{kind}": rms for kind, rms in update_rms(updates, specs).items()}
-    scalars |= balance_scalars(out.load_LE, biases(params))
-    state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), taken, state)
-    return state, StepOut(scalars, out.load_LE, biases(state.params), ok)
+    bias_LE = biases(now.params)
+    scalars |= balance_scalars(out.load_LE, bias_LE)
+    state = now.replace(**_kept(verdict.spent, state, now))
+    ok = ~verdict.spent
+    return state, StepOut(scalars, out.load_LE, bias_LE, ok, ok & ~verdict.take)
+
+
+def _kept(spent: jax.Array, old: TrainState, now: TrainState) -> dict[str, Any]:
+    """What beside weights and optimizer stays where a step is not taken and not counted."""
+    names = ("step", "key", "tokens_seen", "level")
+    return {name: select(spent, getattr(old, name), getattr(now, name)) for name in names}
 
 
 def gradients(

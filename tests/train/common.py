@@ -11,6 +11,7 @@ from glm45_jax.model import config
 from glm45_jax.optim.muon import Muon
 from glm45_jax.optim.schedules import Constant
 from glm45_jax.sharding import MeshShape
+from glm45_jax.train.guard import Guard
 from glm45_jax.train.parallel import Pmap, Recipe, make_trainer
 from glm45_jax.train.state import Train
 
@@ -20,6 +21,8 @@ ONE, MESH, SPLIT = (
     MeshShape(data=2, fsdp=4),
     MeshShape(1, fsdp=2, expert=2, tensor=2),
 )
+
+NO_SKIPS = Guard(budget=0)  # the first step that is not finite ends the run
 
 
 def packed_batch(seed=0, rows=ROWS):
@@ -41,7 +44,7 @@ def packed_batch(seed=0, rows=ROWS):
 
 
 @functools.cache
-def trainer(where=ONE, micro_rows=None, rows=ROWS, steps=6, mtp_weight=0.3):
+def trainer(where=ONE, micro_rows=None, rows=ROWS, steps=6, mtp_weight=0.3, guard=NO_SKIPS):
     recipe = Recipe(
         config.tiny(),
         Muon(lr=3e-3, schedule=Constant(1.0), dtype="float32"),
@@ -52,6 +55,7 @@ def trainer(where=ONE, micro_rows=None, rows=ROWS, steps=6, mtp_weight=0.3):
             mtp_weight=Constant(mtp_weight),
             bias_rate=Constant(1e-2),
             balance_weight=Constant(1e-2),
+            guard=guard,
         ),
         packed=True,
     )

@@ -131,9 +131,9 @@ def test_a_run_stops_before_the_step_that_is_not_finite_and_keeps_its_batch(tmp_
 
     state, outcome = run(tmp_path / "bad", loader, trainer(ONE), source=Poisoned())
     good, _ = run(tmp_path / "good", loader, trainer(ONE), steps=3)
-    assert (outcome.why, outcome.step) == ("not finite", 3)
+    assert (outcome.why, outcome.step) == ("skips spent", 3)
     same_bits(state, good)
-    kept = np.load(outcome.batch_file)
+    kept = np.load(outcome.kept[0])
     np.testing.assert_array_equal(kept["tokens_BT"], loader.batch(3).tokens_BT)
     assert Checkpoints(tmp_path / "bad" / "checkpoints").latest() == 3
 

@@ -9,13 +9,14 @@ a CHOICE, UNVERIFIED. Not here, since they need a served model: synthetic reason
 `data(corpus, GENERAL)` makes the lines a run's `Data`, with fill-in-the-middle for code (D10).
 """
 
+import functools
 import hashlib
 import importlib.util
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from experiments import midtrain
 from glm45_jax.data.code_web import CodePages, OfPage, Recall, Tagged
@@ -35,7 +36,7 @@ from glm45_jax.data.quality import Percentiles, Quality, Thresholds
 from glm45_jax.data.reading import DroppedError, Ledger
 from glm45_jax.data.repositories import Repositories, Trees
 from glm45_jax.data.rules import Filtered
-from glm45_jax.data.scorers import Explains, Judge, Learned, Scorer, Words
+from glm45_jax.data.scorers import Characters, Explains, Judge, Learned, Scorer, Words, fit
 from glm45_jax.data.semdedup import SemDedup
 from glm45_jax.data.sources import Doc, Docstrings, PydocTopics, Source, counted, read_utf8
 from glm45_jax.data.steps import HERE, Dedup, Each, Exact, Level, Long, Step
@@ -51,6 +52,7 @@ FIM_LINES = ("code", "repositories")  # D10
 NEAR = (Dedup(Exact()), Dedup(MinHash()), Dedup(SemDedup()))  # D5, D6
 TIERS = (0.0, 1.0, 3.0)  # epochs of low, medium and high (D9, D12)
 LEAST_FILES = 60  # of a programming language that gets a quality model
+LEAST_DOCS, MOST_TAUGHT = 60, 500  # of a language that gets one, and of each side that teaches it
 
 
 def recipe(
@@ -68,7 +70,7 @@ def recipe(
 
     Raises: ValueError when there is no corpus.
     """
-    evaluations = shipped_evaluations() if evaluations is None else evaluations
+    evaluations = _shipped_evaluations() if evaluations is None else evaluations
     kinds = {source.name: source for source in local_sources(folder)}
     clean: tuple[Step, ...] = ()
     if evaluations:
@@ -93,7 +95,9 @@ def recipe(
         ]
     foreign = tuple(kinds[k] for k in ("multilingual", "web_multilingual") if k in kinds)
     if foreign:
-        lines.append(Line("multilingual", foreign, (*NEAR[:2], *clean, _by_language(explains))))
+        before = _at(out, "multilingual", "decontaminate" if clean else "minhash")
+        level = _by_language(explains, before)
+        lines.append(Line("multilingual", foreign, (*NEAR[:2], *clean, level)))
     if "code" in kinds:
         trees = Gathered(folder)
         lines += [
@@ -112,7 +116,7 @@ def recipe(
     return Corpus(out, tuple(lines))
 
 
-def shipped_evaluations() -> tuple[Source, ...]:
+def _shipped_evaluations() -> tuple[Source, ...]:
     """HumanEval, problems and solutions, from its wheel (MIT). The sets that no package ships are
     yours to add, a `JsonLines` each.
 
@@ -235,6 +239,54 @@ class Commented:
 
 
 @dataclass(frozen=True)
+class OfLanguage:
+    """A language's own scorer, of runs of characters: taught by the third of its documents that
+    the teachers find most useful on average and the third they find least (D7).
+
+    teachers: of measures that hold in any language. A language with fewer than LEAST_DOCS documents
+    is left to the first of them.
+    """
+
+    teachers: tuple[Scorer, ...]
+    source: Source
+    language: str
+
+    def classifier(self) -> Judge:
+        """Trained now; the source is read once for all its languages."""
+        key = cast(Hashable, self.teachers), cast(Hashable, self.source), self.version()
+        judges, thirds = _thirds(*key)
+        least, most = thirds.get(self.language, ([], []))
+        return fit(Characters(), most, least) if len(most) * 3 >= LEAST_DOCS else judges[0]
+
+    def version(self) -> str:
+        """What the classifier depends on besides the fields."""
+        inside = [teacher.version() for teacher in self.teachers]
+        return " ".join([*inside, self.source.version(), "thirds=1"])
+
+
+@functools.lru_cache(maxsize=1)
+def _thirds(
+    teachers: Any, source: Any, version: str
+) -> tuple[list[Judge], dict[str, tuple[list[str], list[str]]]]:
+    """The teachers' classifiers; texts of each language, by label: the least and the most useful
+    third, MOST_TAUGHT each.
+    """
+    del version  # of the documents, for the cache
+    judges = [teacher.classifier() for teacher in teachers]
+    scored: dict[str, list[tuple[float, str, str]]] = {}
+    for doc in source.docs():
+        if (code := canonical(doc.meta.get("language", ""))) is not None:
+            score = sum(judge.score(doc.text) for judge in judges)
+            scored.setdefault(code, []).append((score, doc.id, doc.text))
+    found = {}
+    for code, rows in scored.items():
+        texts = [text for _, _, text in sorted(rows)]
+        n = min(-(-len(texts) // 3), MOST_TAUGHT)
+        found[code] = texts[:n], texts[-n:]
+    return judges, found
+
+
+@dataclass(frozen=True)
 class OfMessage:
     """A scorer of texts that scores the message of a commit, without its diff."""
 
@@ -295,15 +347,14 @@ def _code_web(recall: Recall, quality: Scorer) -> tuple[Step, ...]:
     )
 
 
-def _by_language(utility: Scorer) -> Level:
-    """D7: the better half of each language is read twice, the worst tenth not at all.
-
-    The scorer's measures (but for English connectives) hold in any language, so it is asked for
-    the order within one; a classifier of each language's own goes in here.
+def _by_language(utility: Scorer, before: Source) -> Level:
+    """D7: the better half of each language is read twice, the worst tenth not at all; a document
+    is held to the higher one of the shared measures' bucket and its own language's classifier's.
     """
-    quality = Quality((utility,), Percentiles((0,) * 2 + (1,) * 8 + (2,) * 10), (0.0, 1.0, 2.0))
+    cut, epochs = Percentiles((0,) * 2 + (1,) * 8 + (2,) * 10), (0.0, 1.0, 2.0)
     codes = sorted({code for label in LANGUAGES if (code := canonical(label))})
-    return Level(tuple((code, quality) for code in codes), NaturalLanguage())
+    each = ((code, (utility, OfLanguage((utility,), before, code))) for code in codes)
+    return Level(tuple((c, Quality(two, cut, epochs)) for c, two in each), NaturalLanguage())
 
 
 LANGUAGES = "cs da de el es fi fr hr hu id it ja ko nb nl pl pt ro ru sl sr sv tr uk vi zh".split()

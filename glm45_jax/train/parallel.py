@@ -304,7 +304,11 @@ def _copied(tree: Any) -> Any:
 
 
 def _first_copy(tree: Any) -> Any:
-    return jax.tree.map(lambda x: x[0], tree)
+    """What the first device of this host holds, copied there; x[0] would be a program of all
+    devices, with a collective for each leaf, and on a busy CPU such programs wait for each other
+    until XLA aborts.
+    """
+    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
 
 def _floats(pair: tuple[jax.Array, jax.Array]) -> tuple[float, float]:

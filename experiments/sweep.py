@@ -18,7 +18,7 @@ import numpy as np
 from glm45_jax import metrics
 from glm45_jax.data.loader import Loader
 from glm45_jax.data.prepare import Data, prepare, rows
-from glm45_jax.experiment import Experiment
+from glm45_jax.experiment import Experiment, same_rows
 from glm45_jax.model import cost
 from glm45_jax.start import FromRun, initial
 from glm45_jax.train.parallel import Recipe, make_trainer
@@ -106,7 +106,7 @@ def score(exp: Experiment, folder: pathlib.Path, judges: Mapping[str, Data]) -> 
         loader = Loader(
             rows(data, prepared, "val"),
             seed=0,
-            span=functools.partial(_first_rows, n),
+            span=functools.partial(same_rows, n),
             host=(jax.process_index(), jax.process_count()),
             fingerprint=prepared.fingerprint,
         )
@@ -173,12 +173,6 @@ def _result(
         body=counts.body,
         active_body=counts.active_body,
     )
-
-
-def _first_rows(n: int, step: int) -> tuple[int, int]:
-    """The same rows at every step."""
-    del step
-    return 0, n
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -328,13 +328,13 @@ def _validations(exp: Experiment, prepared: Prepared, trainer: Trainer) -> dict[
             continue
         rows = tokens // length
         trainer.check_rows(rows)
-        found[length] = _loader(sub, prepared, "val", 0, functools.partial(_same_rows, rows)).batch(
+        found[length] = _loader(sub, prepared, "val", 0, functools.partial(same_rows, rows)).batch(
             0
         )
     return found
 
 
-def _same_rows(rows: int, step: int) -> tuple[int, int]:
+def same_rows(rows: int, step: int) -> tuple[int, int]:
     """A span of a loader that gives the same rows at every step."""
     del step
     return 0, rows

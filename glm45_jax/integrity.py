@@ -1,14 +1,28 @@
-"""CRC-32 of files and of JSON values, the same for everything this library saves."""
+"""CRC-32 of files and of JSON values, the same for everything this library saves; files that appear
+whole.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 _READ_BYTES = 16 * 2**20
 _READ_THREADS = 8
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file that appears with all its bytes or not at all, also when the machine stops."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
 
 
 def of_file(path: Any, last: int | None = None) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from typing import Any, Protocol, TextIO
 import jax
 import numpy as np
 
+from glm45_jax.integrity import write_whole
+
 _logger = logging.getLogger(__name__)
 
 _NON_FINITE = ("nan", "inf", "-inf")
@@ -131,12 +133,7 @@ class Jsonl:
         path = Path(path)
         if path.exists():
             kept = "".join(line for line, row in _lines(path) if row.step < step)
-            new = path.with_name(path.name + ".new")
-            with new.open("w", encoding="utf-8") as file:
-                file.write(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, path)
+            write_whole(path, kept.encode())
         return cls(path)
 
     def write(

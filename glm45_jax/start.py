@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax
 from glm45_jax import hf, values
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.hf import smollm2
+from glm45_jax.integrity import write_whole
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.tokenizer import Tokenizer
 from glm45_jax.train.parallel import Trainer
@@ -149,9 +149,8 @@ def write_claim(exp: Any, workdir: pathlib.Path) -> None:
     """None; the workdir is this experiment's. In one move: half a file would be bad input."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        new = workdir / "experiment.json.new"
-        new.write_text(json.dumps(values.to_json(exp), indent=1))
-        os.replace(new, workdir / "experiment.json")
+        body = json.dumps(values.to_json(exp), indent=1).encode()
+        write_whole(workdir / "experiment.json", body)
 
 
 def _warn_of_numbers(cfg: ModelConfig, exp: Any) -> None:

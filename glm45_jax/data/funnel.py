@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from glm45_jax.data.outputs import Counts, Manifest, Shards, write_whole
+from glm45_jax.data.outputs import Counts, Manifest, Shards
 from glm45_jax.data.pipeline import READ, Built, Corpus, Line, build
 from glm45_jax.data.quality import copies_of
 from glm45_jax.data.shingles import in_batches
 from glm45_jax.data.sources import Doc
+from glm45_jax.integrity import write_whole
 from glm45_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from glm45_jax.data.reading import sha256_of
 from glm45_jax.data.sources import Doc
+from glm45_jax.integrity import write_whole
 
 OUTPUTS_FORMAT = 1  # raise it when the same documents give other bytes
 MANIFEST = "manifest.json"
@@ -220,16 +220,6 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes it, whole or not at all."""
     write_whole(folder / MANIFEST, dumped(manifest))
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A file that appears with all its bytes or not at all, also when the machine stops."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
 
 
 def dumped(value: Any) -> bytes:

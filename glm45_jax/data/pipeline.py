@@ -43,11 +43,11 @@ from glm45_jax.data.outputs import (
     summed,
     write_manifest,
     write_shard,
-    write_whole,
 )
 from glm45_jax.data.reading import LONE
 from glm45_jax.data.sources import Doc, Source, counted
 from glm45_jax.data.steps import LEARNED, Applied, Part, Step, Work
+from glm45_jax.integrity import write_whole
 
 log = logging.getLogger(__name__)
 

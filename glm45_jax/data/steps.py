@@ -30,7 +30,6 @@ from glm45_jax.data.dedup import (
     Rule,
     best_of_groups,
 )
-from glm45_jax.data.outputs import write_whole
 from glm45_jax.data.quality import (
     EPOCHS,
     Everything,
@@ -43,6 +42,7 @@ from glm45_jax.data.quality import (
 from glm45_jax.data.scorers import Classifier, Judge, Saved, Scorer, save
 from glm45_jax.data.shingles import SHINGLES_FORMAT, encoded
 from glm45_jax.data.sources import Doc, Source, counted
+from glm45_jax.integrity import write_whole
 
 LEARNED = "learned"  # files of a step that begin so are part of its manifest
 _DROPPED = "_dropped_"

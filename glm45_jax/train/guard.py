@@ -8,6 +8,7 @@ for a host, and a run that resumes decides as one that was never stopped.
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import pathlib
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from flax import struct
 
 from glm45_jax.data.types import Batch
+from glm45_jax.integrity import write_whole
 
 FOLDER = "skipped"  # of a run's folder: a batch a file
 
@@ -127,11 +129,10 @@ def keep_batch(workdir: pathlib.Path, step: int, batch: Batch) -> pathlib.Path:
     folder = workdir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"batch{step}_host{jax.process_index()}.npz"
-    new = path.with_suffix(".new")
     arrays: dict[str, Any] = {name: np.asarray(x) for name, x in vars(batch).items()}
-    with new.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(new, path)
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    write_whole(path, file.getvalue())
     return path
 
 

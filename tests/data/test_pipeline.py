@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from glm45_jax.data import outputs
+from glm45_jax import integrity
 from glm45_jax.data.dedup import Deduplicated, Repeats
 from glm45_jax.data.funnel import funnel
 from glm45_jax.data.minhash import MinHash
@@ -113,7 +113,7 @@ def test_killed_between_any_two_writes_it_ends_with_the_same_bytes(once, tmp_pat
             raise Killed
         whole(*paths)
 
-    monkeypatch.setattr(outputs.os, "replace", replace_or_die)
+    monkeypatch.setattr(integrity.os, "replace", replace_or_die)
     kills = 0
     for writes in range(1, 1000):  # each run gets one write further than its share
         left[0] = 1 + writes % 3

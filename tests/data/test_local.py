@@ -109,11 +109,12 @@ def wheel(name, version, files, description=""):
     ):
         message[key] = value
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
+    with zipfile.ZipFile(out, "w") as archive:  # ZipInfo: of 1980, not of now
         for path, text in files.items():
-            archive.writestr(path, text)
+            archive.writestr(zipfile.ZipInfo(path), text)
         head = message.as_string().rstrip("\n")
-        archive.writestr(f"{name}-{version}.dist-info/METADATA", f"{head}\n\n{description}")
+        meta = zipfile.ZipInfo(f"{name}-{version}.dist-info/METADATA")
+        archive.writestr(meta, f"{head}\n\n{description}")
     return out.getvalue()
 
 

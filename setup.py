@@ -13,6 +13,7 @@ CORE = [
     "jax==0.11.2",
     "jaxlib==0.11.2",
     "jinja2==3.1.6",
+    "jsonschema==4.26.0",
     "math-verify==0.9.0",
     "matplotlib==3.11.2",
     "ml-dtypes==0.6.0",

@@ -4,9 +4,10 @@
     python -m glm45_jax.data.pipeline experiments.corpus:recipe --sources text --out corpus
 
 A line a kind of source; what GLM-4.5 leaves open (thresholds, epochs, what teaches a classifier) is
-a CHOICE, UNVERIFIED. Not here, since they need a served model: synthetic reasoning (D18,
-`data/synthetic.py`) and agent trajectories (D20); with an endpoint, `science=Taught(...)` is D14.
-`data(corpus, GENERAL)` makes the lines a run's `Data`, with fill-in-the-middle for code (D10).
+a CHOICE, UNVERIFIED. Three steps need a served model, which you name: `science=Taught(...)` is D14,
+`more=` takes the lines of D18 (`data/synthetic.py`) and D20 (`data/agents.py`); `bench/served.py`
+runs all three. `data(corpus, GENERAL)` makes the lines a run's `Data`, with fill-in-the-middle for
+code (D10) and the chat format for trajectories.
 """
 
 import functools
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from experiments import midtrain
+from glm45_jax.data.chats import AsChat
 from glm45_jax.data.code_web import CodePages, OfPage, Recall, Tagged
 from glm45_jax.data.decontaminate import Decontaminated
 from glm45_jax.data.files import Fields, JsonLines
@@ -45,7 +47,9 @@ from glm45_jax.data.steps import HERE, Dedup, Each, Exact, Level, Long, Step
 GENERAL = {"web": 0.6, "prose": 0.15, "multilingual": 0.1, "code_web": 0.05, "code": 0.1}
 CODE_AND_REASONING = {"web": 0.3, "prose": 0.15, "multilingual": 0.05, "code_web": 0.2, "code": 0.3}
 REPOSITORIES = {"repositories": 0.6, "commits": 0.2, "code": 0.2}
+REASONING = {"reasoning": 1.0}
 LONG = {"long": 1.0}
+LONG_AND_AGENTS = {"long": 0.8, "agents": 0.2}
 
 FIM_LINES = ("code", "repositories")  # D10
 
@@ -61,12 +65,13 @@ def recipe(
     *,
     science: Scorer | None = None,
     evaluations: tuple[Source, ...] | None = None,
+    more: tuple[Line, ...] = (),
 ) -> Corpus:
     """The corpus of `folder` (what `data/local.py` built), to be written to `out`.
 
     science: scores what teaches mathematics and science (D14); None leaves that step out.
     evaluations: what no document may contain (6.4), None for those that a package ships; () leaves
-    that step out.
+    that step out. more: lines of your own, as `synthetic_line` makes them.
 
     Raises: ValueError when there is no corpus.
     """
@@ -113,7 +118,14 @@ def recipe(
     last = {line.name: line.names[-1] for line in lines}
     texts = tuple(_at(out, name, last[name]) for name in ("prose", "web") if name in last)
     lines.append(Line("long", texts, (Long(),)))  # D19
-    return Corpus(out, tuple(lines))
+    return Corpus(out, (*lines, *more))
+
+
+def synthetic_line(name: str, *sources: Source) -> Line:
+    """Documents that a served model wrote, in the mixtures REASONING ("reasoning") and
+    LONG_AND_AGENTS ("agents"); `synthetic` and `trajectories` decontaminate by themselves.
+    """
+    return Line(name, sources, (Dedup(Exact()),))
 
 
 def _shipped_evaluations() -> tuple[Source, ...]:
@@ -144,9 +156,11 @@ def data(corpus: Corpus, mixture: Mapping[str, float], **fields: Any) -> Data:
     """
     found: list[tuple[Source, float]] = []
     for name in reversed(tuple(mixture)):
-        output = corpus.output(name)
-        found.append((WithFim(output) if name in FIM_LINES else output, mixture[name]))
-    whole = "repositories" in mixture or "long" in mixture
+        output: Source = corpus.output(name)
+        output = WithFim(output) if name in FIM_LINES else output
+        output = AsChat(output) if name == "agents" else output
+        found.append((output, mixture[name]))
+    whole = bool({"repositories", "reasoning", "long", "agents"} & set(mixture))
     packing = BestFit(window=midtrain.WINDOW) if whole else Cut(moving=True)
     return Data(tuple(found), packing=packing, **fields)
 

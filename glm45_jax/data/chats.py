@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from glm45_jax import chat
-from glm45_jax.data.sources import Doc
+from glm45_jax.data.sources import Doc, Source, counted, refuse_encoder
 from glm45_jax.tokenizer import Tokenizer
 
 USER = "<|user|>"
+CHATS_FORMAT = 1  # raise it when AsChat gives the same conversation other ids
 FIELDS = ("messages", "tools", "thinking", "id", "group")  # of a line of a file
 
 
@@ -222,6 +223,53 @@ def counted_samples(
             counts["tokens"] += len(one.tokens_T)
             counts["written"] += int(one.written_T.sum())
             yield one
+
+
+@dataclass(frozen=True)
+class AsChat:
+    """Conversations (meta["messages"], meta["tools"]) in the chat format, every token learnt from.
+
+    For mid-training; where only what the model writes is to be learnt, use `sft.Chats`.
+    """
+
+    source: Source
+    family: str = "glm-4.5"
+
+    def __post_init__(self):
+        refuse_encoder(self.source, "AsChat")
+
+    @property
+    def name(self) -> str:
+        """The name of the source inside."""
+        return self.source.name
+
+    def version(self) -> str:
+        """That of the source inside."""
+        return f"{self.source.version()} chat={CHATS_FORMAT}"
+
+    def docs(self) -> Generator[Doc, None, dict[str, int]]:
+        """As they are."""
+        inner: dict[str, int] = {}
+        yield from counted(self.source, inner)
+        return inner
+
+    def encode(self, docs: Sequence[Doc], tokenizer: Tokenizer) -> list[list[int]]:
+        """Ids of every conversation, with the role that ends it.
+
+        Raises: ValueError for a document that is no conversation.
+        """
+        return [self._ids(doc, tokenizer) for doc in docs]
+
+    def _ids(self, doc: Doc, tokenizer: Tokenizer) -> list[int]:
+        if "messages" not in doc.meta:
+            raise ValueError(f'{doc.id} of {doc.source!r} has no meta["messages"]; it is no chat')
+        messages = json.loads(doc.meta["messages"])
+        tools = json.loads(doc.meta["tools"]) if "tools" in doc.meta else None
+        reasons = any(message.get("reasoning_content") for message in messages)
+        mode = None if reasons else False
+        return chat.encode(
+            tokenizer, messages, tools=tools, enable_thinking=mode, family=self.family
+        ).tokens
 
 
 def _said(messages: Sequence[chat.Message]) -> Iterator[str]:

@@ -179,7 +179,7 @@ class Reply:
     unreachable); `detail` then holds the beginning of what came. cached: known before.
 
     finish: as the server says, "stop" or "length" mostly. tokens: of the completion, -1 where the
-    server does not count them.
+    server does not count them. calls: of tools, as they came in "tool_calls".
     """
 
     key: str
@@ -190,6 +190,7 @@ class Reply:
     failure: str = ""
     detail: str = ""
     cached: bool = False
+    calls: Sequence[Mapping[str, Any]] = ()
 
 
 class Answers:
@@ -392,7 +393,10 @@ def read_reply(key: str, status: int, text: str) -> Reply:
     except (TypeError, KeyError, IndexError, AttributeError):
         return failed("no_choice")
     content, reasoning = (part if isinstance(part, str) else "" for part in said)
-    if not content.strip() and not reasoning.strip():
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        return failed("no_choice")
+    if not content.strip() and not reasoning.strip() and not calls:
         return failed("no_content")
     usage = answer.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
@@ -403,6 +407,7 @@ def read_reply(key: str, status: int, text: str) -> Reply:
         reasoning,
         finish if isinstance(finish, str) else "",
         tokens if isinstance(tokens, int) else -1,
+        calls=calls,
     )
 
 

@@ -8,6 +8,8 @@ Letters: `B` rows of this host, `T` tokens of a row, `S` sources, `N` rows asked
 
 import atexit
 import itertools
+import multiprocessing
+import os
 import threading
 from collections.abc import Callable, Generator, Sequence
 from queue import SimpleQueue
@@ -284,13 +286,26 @@ def _from_processes(
     steps = grain.MapDataset.range(start_step, 2**62).map(loader.batch)
     batches = iter(
         steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)).mp_prefetch(
-            grain.MultiprocessingOptions(processes, per_worker_buffer_size=-(-ahead // processes))
+            grain.MultiprocessingOptions(processes, per_worker_buffer_size=-(-ahead // processes)),
+            worker_init_fn=_end_with_parent,
         )
     )
     try:
         yield from batches
     finally:
         batches.close()
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Ends this worker process when the one that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
 def _shared(sources: Sequence[RowSource]) -> Row:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -199,6 +200,39 @@ def test_a_process_killed_in_the_middle_goes_on_with_the_rows_of_an_unbroken_one
                 assert found.setdefault(int(step), digest) == digest
         lines[name] = found
     assert lines["killed"] == lines["whole"] and len(lines["whole"]) == 301
+
+
+_WORKERS = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from glm45_jax.data.loader import Loader
+from glm45_jax.data.pack import Cut
+from glm45_jax.data.store import open_store
+if __name__ == "__main__":
+    rows = [(Cut().rows(open_store(Path(sys.argv[1]) / "store"), 12, 1), 1.0)]
+    loader = Loader(rows, seed=1, span=lambda step: (step * 4, 4), fingerprint="d")
+    batches = loader.iterate(0, processes=2)
+    next(batches)
+    print("reading", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow  # worker processes import jax and grain
+def test_worker_processes_do_not_outlive_a_killed_run(tmp_path):
+    make_store(tmp_path, [40, 9, 30, 100])
+    script = tmp_path / "read.py"
+    script.write_text(_WORKERS.format(root=ROOT))
+    reader = subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert reader.stdout.readline() == "reading\n"
+    started = psutil.Process(reader.pid).children(recursive=True)
+    workers = [child for child in started if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    reader.send_signal(signal.SIGKILL)
+    reader.communicate()
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert len(gone) == 2 and not alive
 
 
 _MEMORY = """

@@ -230,9 +230,12 @@ def test_worker_processes_do_not_outlive_a_killed_run(tmp_path):
     workers = [child for child in started if "spawn_main" in " ".join(child.cmdline())]
     assert len(workers) == 2
     reader.send_signal(signal.SIGKILL)
-    reader.communicate()
-    gone, alive = psutil.wait_procs(workers, timeout=20)
-    assert len(gone) == 2 and not alive
+    reader.wait()
+    reader.stdout.close()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert not alive
 
 
 _MEMORY = """

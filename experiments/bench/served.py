@@ -28,10 +28,12 @@ from glm45_jax.data.synthetic import Family, GymCheck, GymProblems, Reasoned
 from glm45_jax.data.tables import Tables
 from glm45_jax.data.tools import Functions
 
-FAMILIES = (
-    Family("basic_arithmetic", 24, (("min_terms", 2), ("max_terms", 2), ("max_digits", 1))),
-    Family("chain_sum", 24, (("min_terms", 2), ("max_terms", 2), ("max_digits", 1))),
-)
+SIZES = (("min_terms", 2), ("max_terms", 2), ("max_digits", 1))
+# For small models: the rubric of data/maths.py is longer than what they follow.
+ASK = """{text}
+
+How much does the text above teach mathematics or science? Answer with a number from 0 (nothing) \
+to 10 (very much), on one line: Score: and the number."""
 SHOP = Tables(
     "CREATE TABLE stock (item TEXT PRIMARY KEY, price REAL, n INTEGER);"
     "INSERT INTO stock VALUES ('pen', 1.5, 30), ('ink', 7.25, 4), ('paper', 3.0, 120);",
@@ -46,15 +48,18 @@ def main() -> None:
     p.add_argument("--model", required=True)
     p.add_argument("--text", required=True, help="the folder of glm45_jax.data.local")
     p.add_argument("--answers", default="answers", help="folder of what the model said")
+    p.add_argument("--at-once", type=int, default=8, help="requests that are out together")
     p.add_argument("--docs", type=int, default=60, help="that the model scores (D14)")
+    p.add_argument("--problems", type=int, default=24, help="of each family (D18)")
+    p.add_argument("--requests", type=int, default=4, help="for tasks of each box (D20)")
     p.add_argument("--samples", type=int, default=4, help="of each problem and task (D18, D20)")
     args = p.parse_args()
-    endpoint = Endpoint(args.url, args.model)
+    endpoint = Endpoint(args.url, args.model, at_once=args.at_once)
     folder = Path(args.answers)
     found: dict[str, Any] = {"model": args.model}
 
     prose = next(source for source in sources(args.text) if source.name == "prose")
-    rubric = Rubric(max_chars=1200, decoding=Decoding(temperature=0.0, max_tokens=96))
+    rubric = Rubric(ASK, max_chars=600, decoding=Decoding(temperature=0.0, max_tokens=24))
     taught = Taught(
         (prose,), endpoint, str(folder / "d14"), rubric, max_docs=args.docs, held_out=0.3
     )
@@ -62,8 +67,11 @@ def main() -> None:
     print("D14", found["d14"], flush=True)
 
     short = Decoding(temperature=0.7, top_p=0.95, max_tokens=128)
+    families = tuple(
+        Family(name, args.problems, SIZES) for name in ("basic_arithmetic", "chain_sum")
+    )
     reasoned = Reasoned(
-        GymProblems(FAMILIES), GymCheck(), endpoint, str(folder / "d18"),
+        GymProblems(families), GymCheck(), endpoint, str(folder / "d18"),
         samples=args.samples, decoding=short,
     )  # fmt: skip
     found["d18"] = _timed(partial(_counts, reasoned))
@@ -71,7 +79,12 @@ def main() -> None:
 
     for name, box in (("d20_functions", Functions()), ("d20_tables", SHOP)):
         agents = trajectories(
-            box, endpoint, str(folder / name), requests=4, samples=args.samples, decoding=short
+            box,
+            endpoint,
+            str(folder / name),
+            requests=args.requests,
+            samples=args.samples,
+            decoding=short,
         )
         found[name] = _timed(partial(_counts, agents))
         print("D20", json.dumps(found[name], indent=1), flush=True)

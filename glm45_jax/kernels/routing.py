@@ -12,6 +12,8 @@ from flax import struct
 
 from glm45_jax.kernels.dispatch import Implementation, anything, pick
 
+TILE = 128  # tokens that are counted together
+
 
 @struct.dataclass
 class Routing:
@@ -58,25 +60,82 @@ def route(
     routes_MA = routes_MA.astype(jnp.int32)
     known_M1 = (routes_MA >= 0).all(axis=1, keepdims=True)
     expert_MA = jnp.where(known_M1, routes_MA, own.expert_MA)
-    return _sent_to(expert_MA, jax.nn.sigmoid(logits_ME.astype(jnp.float32)), norm_topk, scale)
+    score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
+    # Sorted, for these may name an expert twice, and counting needs them to differ.
+    return _sent_to(expert_MA, score_ME, by_sorting, norm_topk, scale)
 
 
 def reference(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) -> Routing:
     """The definition, by `lax.top_k` and a stable sort."""
+    score_ME, expert_MA = _chosen(logits_ME, bias_E, top_k, groups, top_groups)
+    return _sent_to(expert_MA, score_ME, by_sorting, norm_topk, scale)
+
+
+def counting(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) -> Routing:
+    """The same, its rows ordered by counting."""
+    score_ME, expert_MA = _chosen(logits_ME, bias_E, top_k, groups, top_groups)
+    return _sent_to(expert_MA, score_ME, by_counting, norm_topk, scale)
+
+
+def _chosen(logits_ME, bias_E, top_k, groups, top_groups) -> tuple[jax.Array, jax.Array]:
+    """Scores, and the experts of the best biased ones."""
     score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
     choice_ME = jax.lax.stop_gradient(score_ME + bias_E[None, :].astype(jnp.float32))
     choice_ME = keep_groups(choice_ME, groups=groups, top_groups=top_groups)
-    _, expert_MA = jax.lax.top_k(choice_ME, top_k)
-    return _sent_to(expert_MA, score_ME, norm_topk, scale)
+    return score_ME, jax.lax.top_k(choice_ME, top_k)[1]
 
 
-def _sent_to(expert_MA, score_ME, norm_topk, scale) -> Routing:
-    """Tokens sent to these experts, gated by these scores."""
+def _sent_to(expert_MA, score_ME, order, norm_topk, scale) -> Routing:
+    """Tokens sent to these experts, gated by these scores, in expert order by `order`."""
     gate_MA = jnp.take_along_axis(score_ME, expert_MA, axis=-1)
     if norm_topk:
         gate_MA = gate_MA / (gate_MA.sum(axis=-1, keepdims=True) + 1e-20)
+    order_R, rows_E = order(expert_MA, score_ME.shape[-1])
+    return Routing(expert_MA, gate_MA * scale, order_R, rows_E)
+
+
+def by_sorting(expert_MA: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """order_R and rows_E of `Routing`."""
     order_R = jnp.argsort(expert_MA.reshape(-1), stable=True).astype(jnp.int32)
-    return Routing(expert_MA, gate_MA * scale, order_R, count_rows(expert_MA, score_ME.shape[-1]))
+    return order_R, count_rows(expert_MA, experts)
+
+
+def by_counting(expert_MA: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """The same, bit for bit, where the experts of a token differ, without a sort.
+
+    The place of a row is the start of its expert's rows, plus the tokens before it that go there: a
+    triangular product inside a tile of tokens, sums of whole tiles before it.
+    """
+    M = expert_MA.shape[0]
+    tiles = -(-M // TILE)
+    expert_MA = expert_MA.astype(jnp.int32)
+    padded_MA = jnp.pad(expert_MA, ((0, tiles * TILE - M), (0, 0)), constant_values=-1)
+    hit_ME = (padded_MA[:, :, None] == jnp.arange(experts)[None, None, :]).any(axis=1)
+    hit_PTE = hit_ME.reshape(tiles, TILE, experts)
+    # Counts up to TILE, exact in the float32 that products of bfloat16 sum to.
+    before_TS = jnp.tril(jnp.ones((TILE, TILE), jnp.bfloat16), -1)
+    inside_PTE = jnp.einsum(
+        "ts,pse->pte",
+        before_TS,
+        hit_PTE.astype(jnp.bfloat16),
+        preferred_element_type=jnp.float32,
+    ).astype(jnp.int32)
+    count_PE = hit_PTE.sum(axis=1, dtype=jnp.int32)
+    before_PE = _sums_before(count_PE)
+    rows_E = before_PE[-1] + count_PE[-1]
+    place_PTE = _sums_before(rows_E)[None, None, :] + before_PE[:, None, :] + inside_PTE
+    place_ME = place_PTE.reshape(tiles * TILE, experts)[:M]
+    place_R = jnp.take_along_axis(place_ME, expert_MA, axis=1).reshape(-1)
+    return inverse(place_R), rows_E
+
+
+def _sums_before(x: jax.Array) -> jax.Array:
+    """Sums of what stands before, along the first axis: compared and summed, for XLA scans in many
+    kernels.
+    """
+    at = jnp.arange(x.shape[0])
+    before = (at[None, :] < at[:, None]).reshape(x.shape[0], x.shape[0], *(1,) * (x.ndim - 1))
+    return jnp.where(before, x[None], 0).sum(axis=1)
 
 
 def keep_groups(choice_ME: jax.Array, *, groups: int, top_groups: int) -> jax.Array:
@@ -151,11 +210,14 @@ combine.defvjp(_combine_fwd, _combine_bwd)
 
 
 def inverse(order_R: jax.Array) -> jax.Array:
-    """Place of each m * A + a in the expert order."""
+    """Place of each m * A + a in the expert order; also the other way round."""
     R = order_R.shape[0]
     return (
         jnp.zeros(R, jnp.int32).at[order_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
     )
 
 
-IMPLS = (Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),)
+IMPLS = (
+    Implementation("counting", counting, anything, ()),  # by name, until it has been measured
+    Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
+)

@@ -6,8 +6,9 @@
 A line a kind of source; what GLM-4.5 leaves open (thresholds, epochs, what teaches a classifier) is
 a CHOICE, UNVERIFIED. Three steps need a served model, which you name: `science=Taught(...)` is D14,
 `more=` takes the lines of D18 (`data/synthetic.py`) and D20 (`data/agents.py`); `bench/served.py`
-runs all three. `data(corpus, GENERAL)` makes the lines a run's `Data`, with fill-in-the-middle for
-code (D10) and the chat format for trajectories.
+runs all three. It also takes what needs a crawl: issues with their pull requests (D17,
+`data/discussions.py`). `data(corpus, GENERAL)` makes the lines a run's `Data`, with
+fill-in-the-middle for code (D10) and the chat format for trajectories.
 """
 
 import functools

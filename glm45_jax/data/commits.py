@@ -2,8 +2,8 @@
 
 `Commits` reads what version control leaves on disk: `git format-patch` files, the output of
 `git log -p`, patches with a free or DEP-3 header. Nothing is made up: a diff without a message is
-no commit, change logs without diffs and issues or pull requests (for which a crawl would be needed)
-have no reader here. Source: spec 6.3 (D17); the model filter named there is another step.
+no commit, and change logs without diffs have no reader here; issues and pull requests have theirs
+in `data/discussions.py`. Source: spec 6.3 (D17); the model filter named there is another step.
 """
 
 import logging
@@ -105,7 +105,7 @@ class Commits:
             raise DroppedError("no_message")
         if not commit.diffs:
             raise DroppedError("no_diff")
-        if _BOT.search(commit.author):
+        if BOT.search(commit.author):
             raise DroppedError("bot")
         kept = [d for d in commit.diffs if not d.binary and not generated_name(d.path)]
         if not kept:
@@ -239,4 +239,4 @@ _EXTENDED = re.compile(
     r"|index [0-9a-f]+\.\.|Binary files |GIT binary patch"
 )
 _HUNK = re.compile(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@")
-_BOT = re.compile(r"\[bot\]|\bbot@|dependabot|renovate|greenkeeper|pre-commit-ci", re.IGNORECASE)
+BOT = re.compile(r"\[bot\]|\bbot@|dependabot|renovate|greenkeeper|pre-commit-ci", re.IGNORECASE)

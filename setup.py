@@ -66,6 +66,13 @@ EXTRAS = {
     "wandb": ["wandb==0.31.0"],
     "cuda": ["jax[cuda13]==0.11.2"],
     "tpu": ["jax[tpu]==0.11.2"],
+    "plan-tpu": ["libtpu==0.0.48.1"],
+    "plan-gpu": [
+        "jax-cuda13-pjrt==0.11.2",
+        "jax-cuda13-plugin==0.11.2",
+        "nvidia-cuda-nvcc==13.5.37",
+        "nvidia-nvvm==13.5.37",
+    ],
 }
 
 

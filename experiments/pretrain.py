@@ -82,25 +82,30 @@ def mini() -> Experiment:
 
 
 def glm45_air() -> Experiment:
-    """GLM-4.5-Air, 106B-A12B, on 256 accelerators."""
-    return _full(config.glm45_air(), "glm45_air", MeshShape(data=1, fsdp=32, expert=8))
+    """GLM-4.5-Air, 106B-A12B, on 64 accelerators: v5p:4x4x4, h100:8x8."""
+    return _full(config.glm45_air(), "glm45_air", MeshShape(data=1, fsdp=8, expert=8))
+
+
+def glm45_air_v6e() -> Experiment:
+    """GLM-4.5-Air on 256 chips of 31 GiB: v6e:16x16."""
+    return _full(config.glm45_air(), "glm45_air_v6e", MeshShape(data=1, fsdp=32, expert=8))
 
 
 def glm45() -> Experiment:
-    """GLM-4.5, 355B-A32B, on 1,024 accelerators."""
-    return _full(config.glm45(), "glm45", MeshShape(data=1, fsdp=128, expert=8))
+    """GLM-4.5, 355B-A32B, on 512 accelerators: v5p:8x8x8, h100:64x8."""
+    return _full(config.glm45(), "glm45", MeshShape(data=1, fsdp=64, expert=8))
 
 
 def glm46() -> Experiment:
     """GLM-4.6's shapes, which are GLM-4.5's, with GLM-4.5's recipe: this run is `glm45` by another
     name. What differs, a context of 202,752 tokens for 131,072, comes after these stages.
     """
-    return _full(config.glm46(), "glm46", MeshShape(data=1, fsdp=128, expert=8))
+    return _full(config.glm46(), "glm46", MeshShape(data=1, fsdp=64, expert=8))
 
 
 def glm47() -> Experiment:
     """GLM-4.7's shapes, which are GLM-4.5's, with GLM-4.5's recipe; see `glm46`."""
-    return _full(config.glm47(), "glm47", MeshShape(data=1, fsdp=128, expert=8))
+    return _full(config.glm47(), "glm47", MeshShape(data=1, fsdp=64, expert=8))
 
 
 def glm47_flash() -> Experiment:

@@ -24,7 +24,7 @@ from glm45_jax.model.config import Gqa, ModelConfig, Moe
 from glm45_jax.optim.mixed import AdamW
 from glm45_jax.optim.muon import Muon
 from glm45_jax.optim.schedules import Constant, Cosine
-from glm45_jax.rl.config import ColdStart, Evaluation, Grades, Rl, Serving, Split
+from glm45_jax.rl.config import ColdStart, Evaluation, Grades, Ray, Rl, Serving, Split
 from glm45_jax.rl.correction import Tis
 from glm45_jax.rl.lengths import OUTPUT_TOKENS
 from glm45_jax.rl.temperature import Dynamic
@@ -150,6 +150,14 @@ def tiny() -> Experiment:
         ),
         run=run_rl,
     )
+
+
+def tiny_ray() -> Experiment:
+    """`tiny` with two engines and two processes of worlds by Ray: for launch/ray.sh, or one host."""
+    exp = tiny()
+    assert exp.rl is not None
+    where = Ray(engines=2, worlds=2, store_bytes=2**28)
+    return dataclasses.replace(exp, rl=dataclasses.replace(exp.rl, where=where))
 
 
 @dataclasses.dataclass(frozen=True)

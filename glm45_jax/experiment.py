@@ -31,6 +31,7 @@ from glm45_jax.optim.schedules import Constant
 from glm45_jax.rl import run as rl_run
 from glm45_jax.rl.config import Rl
 from glm45_jax.rl.loop import Outcome as RlOutcome
+from glm45_jax.rl.report import report_run
 from glm45_jax.rollout.sampling import generate
 from glm45_jax.sharding import MeshShape, Rules
 from glm45_jax.start import (
@@ -211,7 +212,10 @@ def run_rl(exp: Experiment, workdir: pathlib.Path) -> RlOutcome:
         raise BadInput(str(error)) from error
     write_claim(exp, workdir)
     begin = functools.partial(_begin_rl, exp, workdir)
-    return rl_run.run(exp, workdir, tokenizer=tokenizer, updater=updater, initial=begin)[1]
+    outcome = rl_run.run(exp, workdir, tokenizer=tokenizer, updater=updater, initial=begin)[1]
+    if jax.process_index() == 0:
+        log.info("report: %s", report_run(exp, workdir, outcome, tokenizer))
+    return outcome
 
 
 def _begin_rl(exp: Experiment, workdir: pathlib.Path, trainer: Trainer) -> TrainState:

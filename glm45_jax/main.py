@@ -7,14 +7,15 @@ Four flags, and a test that keeps it so: everything else is a Python value in an
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib
-import inspect
 import logging
 import os
 import pathlib
 import sys
 from collections.abc import Sequence
+
+from glm45_jax.values import find
+
+__all__ = ["find", "main", "parser"]
 
 # Exit codes; the last is that of SIGTERM.
 BAD_INPUT, NOT_FINITE, GATE, STARVED, STOPPED = 2, 3, 4, 5, 128 + 15
@@ -76,39 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     codes = {"not finite": NOT_FINITE, "skips spent": NOT_FINITE, "gate": GATE}
     codes |= {"starved": STARVED, "stopped": STOPPED}
     return codes.get(outcome.why, 0)
-
-
-def find(name: str):
-    """The function `module:function` names.
-
-    Raises: ValueError where it is not there, with the nearest names.
-    """
-    module_name, _, function_name = name.partition(":")
-    if not function_name:
-        raise ValueError(
-            f"experiment {name!r} is not module:function, say experiments.pretrain:glm45_air"
-        )
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
-        raise ValueError(
-            f"no module {error.name!r} for experiment {name!r}; run from the repository's root"
-        ) from error
-    finally:
-        sys.path.pop(0)
-    functions = [
-        n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module_name
-    ]
-    if function_name not in functions:
-        near = difflib.get_close_matches(function_name, functions, 3, 0.3)
-        raise ValueError(
-            f"{module_name} has no function {function_name!r}; did you mean {near}? "
-            f"It has {functions}"
-        )
-    return getattr(module, function_name)
 
 
 def _refuse(error: ValueError) -> int:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glm45_jax.params import is_spec
@@ -65,7 +68,8 @@ class Rules:
 
     The default is fully sharded data parallelism with tensor parallel heads, mlp and vocabulary.
     exchange: how tokens meet experts on other devices, a value of `model/expert_parallel.py`; None
-    picks by the size of the group and the platform (docs/adr/0011).
+    picks by the size of the group and the platform (docs/adr/0011). keys: how queries meet keys on
+    other devices, a value of `model/context_parallel.py`; None picks by size (docs/adr/0015).
     """
 
     batch: tuple[str, ...] = ("data", "fsdp", "expert")
@@ -79,6 +83,7 @@ class Rules:
     experts: tuple[str, ...] = ("expert",)
     layers: tuple[str, ...] = ()
     exchange: Any = None
+    keys: Any = None
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """PartitionSpec of an array with these logical axes; a mesh axis is used once, by the first
@@ -88,7 +93,7 @@ class Rules:
         """
         used: set[str] = set()
         parts: list[tuple[str, ...] | None] = []
-        known = {f.name for f in dataclasses.fields(self)} - {"exchange"}
+        known = {f.name for f in dataclasses.fields(self)} - {"exchange", "keys"}
         for name in axes:
             if name is not None and name not in known:
                 raise ValueError(f"no rule for logical axis {name!r}; rules are {sorted(known)}")
@@ -107,11 +112,18 @@ _ambient: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Contex
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with all five axes over `devices` (default: every device of every host), axis types
-    Auto.
+    Auto. Sides of a torus are split where an axis is shorter: 8 x 8 of 4 x 4 x 4 chips.
+
+    Raises: ValueError for TPU chips of several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = shape.resolve(len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # GPUs lie host by host, each a slice to some: the last axes of a mesh stay inside.
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
+    if slices > 1:
+        raise ValueError(f"mesh {shape}: the chips are of {slices} slices, a mesh takes one")
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager
@@ -193,15 +205,86 @@ def check_divides(rows: int, n: int, what: str, change: str) -> None:
         )
 
 
+def flat(x_BT: jax.Array) -> jax.Array:
+    """[M, ...] of [B, T, ...] so that every device keeps the tokens it has, in an order that
+    `unflat` undoes; zeros fill T up to divide.
+
+    B·T in row order would put a device's tokens apart wherever both axes are split, and XLA then
+    gives each device of a row the whole of it: its product with a vocabulary is made once each.
+    """
+    B, T = x_BT.shape[:2]
+    if (split := _split_rows(B)) is None:
+        return x_BT.reshape(B * T, *x_BT.shape[2:])
+    mesh, batch, seq = split
+    rows, parts = ways(batch, mesh.shape), ways(seq, mesh.shape)
+    x_BT = jnp.pad(x_BT, ((0, 0), (0, -T % parts), *((0, 0),) * (x_BT.ndim - 2)))
+    x = x_BT.reshape(rows, B // rows, parts, -1, *x_BT.shape[2:])
+    x_M = jnp.swapaxes(x, 1, 2).reshape(-1, *x_BT.shape[2:])
+    lies = NamedSharding(mesh, PartitionSpec((*batch, *seq)))
+    return jax.lax.with_sharding_constraint(x_M, lies)
+
+
+def unflat(x_M: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x_BT` of shape [B, T] of what `flat` made of it."""
+    B, T = shape
+    if (split := _split_rows(B)) is None:
+        return x_M.reshape(B, T)
+    mesh, batch, seq = split
+    rows, parts = ways(batch, mesh.shape), ways(seq, mesh.shape)
+    x = jnp.swapaxes(x_M.reshape(rows, parts, B // rows, -1), 1, 2)
+    lies = NamedSharding(mesh, PartitionSpec(batch or None, seq))
+    return jax.lax.with_sharding_constraint(x.reshape(B, -1), lies)[:, :T]
+
+
+def _split_rows(B: int) -> tuple[Mesh, tuple[str, ...], tuple[str, ...]] | None:
+    """Mesh axes over which B rows, and the tokens of each, are split; None where rows are whole."""
+    if (ambient := current()) is None:
+        return None
+    mesh, rules = ambient
+    batch, seq = (names(entry) for entry in rules.spec(("batch", "seq")))
+    if ways(seq, mesh.shape) == 1:
+        return None
+    return mesh, batch if B % ways(batch, mesh.shape) == 0 else (), seq
+
+
 def put(tree: Any, mesh: Mesh, rules: Rules, axes: Axes = ("batch", "seq")) -> Any:
     """Host-local numpy arrays as global arrays: this host's rows are its slice of the global
     batch.
+
+    Raises: ValueError where a host would have to hold a part of its rows.
     """
+    if "seq" in axes:
+        _check_whole_rows(mesh, rules)
     spec = rules.spec(axes)
 
     def one(x: np.ndarray) -> jax.Array:
         sharding = NamedSharding(mesh, PartitionSpec(*spec[: x.ndim]))
         return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(one, tree)
+
+
+@functools.cache
+def _check_whole_rows(mesh: Mesh, rules: Rules) -> None:
+    seq = names(rules.spec(("batch", "seq"))[1])
+    rest = [a for a in mesh.axis_names if a not in seq]
+    order = [mesh.axis_names.index(a) for a in (*rest, *seq)]
+    shares = mesh.devices.transpose(order).reshape(-1, ways(seq, mesh.shape))
+    hosts = max(len({device.process_index for device in share}) for share in shares)
+    if hosts > 1:
+        raise ValueError(
+            f"a row is split over {shares.shape[1]} devices on axes {seq}, of {hosts} hosts, but a "
+            "host reads whole rows; make those axes and the ones after them fit on a host"
+        )
+
+
+def placed_shapes(tree: Any, mesh: Mesh, rules: Rules, axes: Axes = ("batch", "seq")) -> Any:
+    """Shapes of global arrays as `put` lays them; leaves have a shape and a dtype."""
+    spec = rules.spec(axes)
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        lies = NamedSharding(mesh, PartitionSpec(*spec[: len(x.shape)]))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies)
 
     return jax.tree.map(one, tree)
 
@@ -224,5 +307,9 @@ def local_size(shape: tuple[int, ...], axes: Axes, rules: Rules, sizes: Mapping[
 
 def ways(entry: str | tuple[str, ...] | None, sizes: Mapping[str, int]) -> int:
     """Parts into which one entry of a PartitionSpec cuts its dimension."""
-    names = (entry,) if isinstance(entry, str) else (entry or ())
-    return math.prod(sizes[axis] for axis in names)
+    return math.prod(sizes[axis] for axis in names(entry))
+
+
+def names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else (entry or ())

@@ -31,7 +31,7 @@ MAY_CHANGE = (
     *("mesh", "rules", "train.log_every", "train.save_every", "train.keep"),
     *("train.guard", "train.hung_after_s"),
 )
-RL_MAY_CHANGE = ("train.steps", "rl.evaluation", "rl.serving", "rl.most_dropped")
+RL_MAY_CHANGE = ("train.steps", "rl.evaluation", "rl.serving", "rl.most_dropped", "rl.where")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,11 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 import math
+import os
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -353,3 +356,36 @@ def _resolve(name: str, packages: Sequence[str]) -> Any:
     if defined_there != (module_name, qualname):
         raise ValueError(f"{name} is not defined there but in {defined_there[0]}")
     return found
+
+
+def find(name: str) -> Any:
+    """The function that `module:function` names; modules of the working directory are seen.
+
+    Raises: ValueError where it is not there, with the nearest names.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not function_name:
+        raise ValueError(
+            f"experiment {name!r} is not module:function, say experiments.pretrain:glm45_air"
+        )
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise ValueError(
+            f"no module {error.name!r} for experiment {name!r}; run from the repository's root"
+        ) from error
+    finally:
+        sys.path.pop(0)
+    functions = [
+        n for n, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module_name
+    ]
+    if function_name not in functions:
+        near = difflib.get_close_matches(function_name, functions, 3, 0.3)
+        raise ValueError(
+            f"{module_name} has no function {function_name!r}; did you mean {near}? "
+            f"It has {functions}"
+        )
+    return getattr(module, function_name)

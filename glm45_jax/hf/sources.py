@@ -215,9 +215,12 @@ def _files_of(workdir: pathlib.Path, sidecars: dict[str, Any]) -> tuple[pathlib.
     if (workdir / "hf").is_dir():
         return carried(workdir / "hf")
     fingerprint = str(sidecars.get("loader", {}).get("fingerprint", ""))
+    mine = [f"{kind}-{fingerprint[:16]}" for kind in ("data", "sft")]  # of text, of conversations
     for file in (workdir / "data").glob("*/tokenizer.json"):
-        if fingerprint and file.parent.name == f"data-{fingerprint[:16]}":
+        if fingerprint and file.parent.name in mine:
             return (file,)
+    if (beside := workdir / "tokenizer.json").exists():  # of a run that was given it
+        return (beside,)
     _logger.warning("%s: no tokenizer of this run was found; add it to the folder", workdir)
     return ()
 

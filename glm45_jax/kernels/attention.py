@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from glm45_jax import sharding
-from glm45_jax.kernels.dispatch import Implementation, anything, not_hopper, pick
+from glm45_jax.kernels.attention_tiles import WIDEST, tiled_attention
+from glm45_jax.kernels.dispatch import Implementation, anything, device, not_hopper, pick
 
 NEG = -1e30  # finite, so that a row without keys gives a mean, not NaN
 
@@ -100,7 +101,7 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, **_):
 
 
 def _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
-    if jax.default_backend() != "gpu":
+    if device().platform != "gpu":
         return "cudnn is for GPU"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cudnn takes 16-bit floats, not {q_BTNH.dtype}"
@@ -116,13 +117,24 @@ def _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
 
 
 def _mosaic(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_):
-    """Pallas on Hopper; XLA does not split a kernel, so on a mesh each device runs its own rows and
-    heads: q[B/batch, T, N/tensor, H]. Rows stay whole over the context axis.
-    """
+    """Pallas on Hopper."""
     from glm45_jax.kernels.attention_gpu import flash_attention  # imports 0.9 s
 
+    return _each_device(flash_attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def _tiles(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_):
+    """Plain XLA; left to the partitioner, its loops would be of the whole batch."""
+    return _each_device(tiled_attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
+def _each_device(flash, q_BTNH, k_BSKH, v_BSKH, segments_BT):
+    """On a mesh each device runs its own rows and heads: q[B/batch, T, N/tensor, H]. Rows are whole
+    here; those split over the context axis meet in `model/context_parallel.py`.
+    """
+
     def local(q, k, v, segments):
-        return flash_attention(q, k, v, segments_BT=segments)
+        return flash(q, k, v, segments_BT=segments)
 
     args = (q_BTNH, k_BSKH, v_BSKH, segments_BT)
     if (ambient := sharding.current()) is None:
@@ -155,16 +167,45 @@ def _mosaic_supports(
     dtypes = [str(x.dtype) for x in (q_BTNH, k_BSKH, v_BSKH)]
     if set(dtypes) != {"bfloat16"}:
         return f"mosaic takes bfloat16, not {dtypes}"
-    if q_BTNH.shape[1] != k_BSKH.shape[1] or (
-        segments_BS is not None and segments_BS is not segments_BT
-    ):
-        return f"mosaic is for whole rows, not {q_BTNH.shape[1]} queries of {k_BSKH.shape[1]} keys"
-    if positions_BT is not positions_BS or (positions_BT is not None and segments_BT is None):
-        return "mosaic masks by index; positions without segments or only of queries were given"
+    masks = (segments_BT, segments_BS, positions_BT, positions_BS)
+    if why := _not_by_index("mosaic", q_BTNH, k_BSKH, *masks):
+        return why
     widths = (q_BTNH.shape[-1], v_BSKH.shape[-1])
     if widths not in ((64, 64), (128, 128)):
         return f"mosaic takes heads 64 or 128 wide, not keys and values {widths}"
     return None
+
+
+def _not_by_index(
+    name, q_BTNH, k_BSKH, segments_BT, segments_BS, positions_BT, positions_BS
+) -> str | None:
+    """Why a mask by the index in whole rows would be another mask."""
+    T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+    if T != S or (segments_BS is not None and segments_BS is not segments_BT):
+        return f"{name} is for whole rows, not {T} queries of {S} keys"
+    if positions_BT is not positions_BS or (positions_BT is not None and segments_BT is None):
+        return f"{name} masks by index; positions without segments or only of queries were given"
+    return None
+
+
+def _tiles_supports(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    *,
+    segments_BT=None,
+    segments_BS=None,
+    positions_BT=None,
+    positions_BS=None,
+) -> str | None:
+    masks = (segments_BT, segments_BS, positions_BT, positions_BS)
+    return _not_by_index("tiles", q_BTNH, k_BSKH, *masks)
+
+
+def _tiles_yields(q_BTNH, k_BSKH, v_BSKH, **_) -> str | None:
+    """Loops cost more to compile than they save where the scores of a row are one tile."""
+    T = q_BTNH.shape[1]
+    return f"a row of {T} is no longer than a tile" if T <= WIDEST else None
 
 
 def _mosaic_yields(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_) -> str | None:
@@ -185,5 +226,6 @@ def _mosaic_yields(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_) -> str | No
 IMPLS = (
     Implementation("mosaic", _mosaic, _mosaic_supports, ("gpu",), _mosaic_yields),
     Implementation("cudnn", _cudnn, _cudnn_supports, ("gpu",)),
+    Implementation("tiles", _tiles, _tiles_supports, ("cpu", "gpu", "tpu"), _tiles_yields),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
 )

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from glm45_jax import sharding
+
 log = logging.getLogger(__name__)
 
 
@@ -23,15 +25,23 @@ def anything(*_: Any, **__: Any) -> str | None:
     return None
 
 
+def device() -> Any:
+    """A device that the traced code is for: of the mesh set by `sharding.use`, which may be of a
+    machine that is not here (`glm45_jax.plan`), else of this process.
+    """
+    ambient = sharding.current()
+    return jax.devices()[0] if ambient is None else ambient[0].devices.flat[0]
+
+
 def not_hopper() -> str | None:
-    """Why no kernel for Hopper runs on the first device, or None."""
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", "none"))
+    """Why no kernel for Hopper runs on that device, or None."""
+    target = device()
+    capability = str(getattr(target, "compute_capability", "none"))
     if capability == "9.0":
         return None
     return (
         "needs compute capability 9.0; this is "
-        f"{device.platform}, {capability} (mosaic is written for Hopper)"
+        f"{target.platform}, {capability} (mosaic is written for Hopper)"
     )
 
 
@@ -66,7 +76,7 @@ def pick(
         if why := chosen.supports(*args, **kwargs):
             raise ValueError(f"{op}: impl={name!r}: {why}; impl='auto' picks for you")
         return chosen.run
-    platform = jax.default_backend()
+    platform = device().platform
     reasons: list[str] = []
     for i in impls:
         why = (

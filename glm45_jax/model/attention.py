@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -130,15 +131,16 @@ class Gqa:
         impl_decode: str = "auto",
         cache: LayerCache | None = None,
         slots: Slots | None = None,
+        attend: Callable[..., jax.Array] = attention,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attention output [B, T, D] and, when decoding, the layer's cache with the new keys and
-        values in it.
+        values in it. attend: `attention` of rows as they lie on the devices.
         """
         q_BTNH, k_BTKH, v_BTKH = self._project(p, x_BTD, turn, eps)
         if cache is not None and slots is not None:
             cache = cache.append(k_BTKH, v_BTKH, slots)
         if cache is None or slots is None or slots.fresh:
-            mixed_BTNH = attention(
+            mixed_BTNH = attend(
                 q_BTNH,
                 k_BTKH,
                 v_BTKH,

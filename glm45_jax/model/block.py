@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
+from glm45_jax.kernels.attention import attention
 from glm45_jax.model.cache import LayerCache, Slots
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.model.moe import MlpParams, mlp_specs, swiglu
@@ -38,26 +39,28 @@ class Block:
 
 @struct.dataclass
 class Flow:
-    """What every layer of one forward pass shares: rotation, segments, positions, and cache slots
-    when decoding.
+    """What every layer of one forward pass shares: rotation, segments, positions, cache slots when
+    decoding, and how rows meet their keys as they lie on the devices.
     """
 
     turn: Any
     positions_BT: jax.Array | None
     segments_BT: jax.Array | None
     slots: Slots | None = None
+    attend: Any = struct.field(pytree_node=False, default=attention)
 
 
 @struct.dataclass
 class BlockOut:
     """What a layer returns beside its output; None in a dense layer. Stacked: a leading L, the
-    cache aside.
+    cache aside. spilled: rows that took a further pass of the exchange, see `MoeOut`.
     """
 
     load_E: jax.Array | None
     balance_B: jax.Array | None
     logits_BTE: jax.Array | None
     cache: LayerCache | None
+    spilled: jax.Array | None = None
 
 
 def block_specs(cfg: ModelConfig, layers: int, *, dense: bool) -> Block:
@@ -94,6 +97,7 @@ def block(
         impl_decode=cfg.impl.decode_attention,
         cache=cache,
         slots=flow.slots,
+        attend=flow.attend,
     )
     x_BTD = x_BTD + checkpoint_name(mixed_BTD, "attention_out")
     normed_BTD = rms_norm(x_BTD, p.norm_ffn_D, cfg.norm_eps)
@@ -108,7 +112,8 @@ def block(
             impl_matmul=cfg.impl.grouped_matmul,
             routes_BTA=routes_BTA,
         )
-        y_BTD, out = moe.y_BTD, BlockOut(moe.load_E, moe.balance_B, moe.logits_BTE, cache)
+        y_BTD = moe.y_BTD
+        out = BlockOut(moe.load_E, moe.balance_B, moe.logits_BTE, cache, moe.spilled)
     x_BTD = x_BTD + checkpoint_name(y_BTD, "ffn_out")
     return constrain(x_BTD, ("batch", "seq", None)), out
 

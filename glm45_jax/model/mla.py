@@ -132,13 +132,14 @@ class Mla:
         impl_decode: str = "auto",
         cache: LayerCache | None = None,
         slots: Slots | None = None,
+        attend: Callable[..., jax.Array] = attention,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attention output [B, T, D] and, when decoding, the layer's cache with the new latents and
         rotated key entries in it.
 
         eps: of the block's norms; not used, see `latent_eps`. x[B/data, T, D] · q_down[D/fsdp, Q]
         -> [B/data, T, Q] · q_up[Q/fsdp, N/tensor, H] -> [B/data, T, N/tensor, H]; keys and values
-        alike.
+        alike. attend: `attention` of rows as they lie on the devices.
         """
         p = jax.tree.map(lambda w: fp8.cast(w, x_BTD.dtype), p, is_leaf=fp8.is_fp8)
         # Absorbed, its product with the latents is no product of its own: as an array both ways.
@@ -149,7 +150,7 @@ class Mla:
             cache = cache.append(rotated_BT1R, latent_BT1Z, slots)
         if cache is None or slots is None or slots.fresh:
             k_BTNH, v_BTNU = self._expand(p, latent_BT1Z, rotated_BT1R)
-            mixed_BTNU = attention(
+            mixed_BTNU = attend(
                 q_BTNH,
                 k_BTNH,
                 v_BTNU,
@@ -159,10 +160,10 @@ class Mla:
                 impl=impl,
             )
         else:
-            attend = functools.partial(
+            from_cache = functools.partial(
                 cache.attend, slots=slots, impl=impl, impl_decode=impl_decode, latent=True
             )
-            mixed_BTNU = self._absorbed(p, q_BTNH, attend)
+            mixed_BTNU = self._absorbed(p, q_BTNH, from_cache)
         return linear("btnu,nud->btd", mixed_BTNU, p.out_NUD), cache
 
     def _queries(self, p: MlaParams, x_BTD: jax.Array, turn: Rotation) -> jax.Array:

@@ -10,8 +10,17 @@ import jax.numpy as jnp
 from glm45_jax.model.block import compute_dtype, stack
 from glm45_jax.model.cache import KVCache
 from glm45_jax.model.config import ModelConfig
+from glm45_jax.model.context_parallel import lanes, spread
 from glm45_jax.model.norm import rms_norm
-from glm45_jax.model.transformer import Hidden, Mtp, Params, embed, make_flow
+from glm45_jax.model.transformer import (
+    Hidden,
+    Mtp,
+    Params,
+    embed,
+    joined,
+    make_flow,
+    spread_flow,
+)
 
 
 def forward(
@@ -51,17 +60,28 @@ def forward_all(
 
     Raises: ValueError for a model without the layer.
     """
-    mtp = _layer(params)
-    x_BTD = _join(params, hidden_BTD[:, :-1], tokens_BT[:, 1:], cfg)
-    flow = make_flow(
-        cfg,
-        x_BTD.shape[:2],
-        None if positions_BT is None else positions_BT[:, :-1],
-        None if segments_BT is None else inner_segments(segments_BT),
-    )
+    mtp, T = _layer(params), tokens_BT.shape[1]
+    next_BT, inner_BT = tokens_BT[:, 1:], None
+    if segments_BT is not None:
+        inner_BT = inner_segments(segments_BT)
+    if lanes() is None:
+        hidden_BTD = hidden_BTD[:, :-1]
+        positions_BT = None if positions_BT is None else positions_BT[:, :-1]
+    else:  # rows must divide over their devices: the last place stays, as padding
+        inner_BT = jnp.ones(next_BT.shape, jnp.int32) if inner_BT is None else inner_BT
+        next_BT, inner_BT = (jnp.pad(x, ((0, 0), (0, 1))) for x in (next_BT, inner_BT))
+    x_BTD = _join(params, spread(hidden_BTD), spread(next_BT), cfg)
+    flow = spread_flow(cfg, next_BT.shape, positions_BT, inner_BT)
     v_BTD, out = stack(mtp.block, x_BTD, flow, cfg=cfg, keep_logits=keep_router_logits)
     normed_BTD = rms_norm(v_BTD, mtp.norm_D[0], cfg.norm_eps)
-    return Hidden(normed_BTD, out.load_E, out.balance_B, out.logits_BTE)
+    assert out.spilled is not None
+    ahead = Hidden(normed_BTD, out.load_E, out.balance_B, out.logits_BTE, out.spilled.sum())
+    ahead = joined(ahead)
+    logits_LBTE = ahead.router_logits_LBTE
+    return ahead.replace(
+        hidden_BTD=ahead.hidden_BTD[:, : T - 1],
+        router_logits_LBTE=None if logits_LBTE is None else logits_LBTE[:, :, : T - 1],
+    )
 
 
 def decode(

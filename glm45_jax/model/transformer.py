@@ -14,6 +14,7 @@ from glm45_jax.kernels.linear import linear
 from glm45_jax.model.block import Block, BlockOut, Flow, block_specs, compute_dtype, stack
 from glm45_jax.model.cache import KVCache, init_cache
 from glm45_jax.model.config import ModelConfig
+from glm45_jax.model.context_parallel import attend, join, spread
 from glm45_jax.model.norm import rms_norm
 from glm45_jax.params import ParamSpec
 from glm45_jax.sharding import constrain
@@ -53,13 +54,15 @@ class Hidden:
 
     hidden_BTD: after the final norm. load_LE: valid tokens each expert of each MoE layer took,
     int32. balance_LB: balance terms with alpha = 1, a sum over each row's documents.
-    router_logits_LBTE: float32, None unless kept.
+    router_logits_LBTE: float32, None unless kept. spilled: rows of all MoE layers that took a
+    further pass of the exchange, int32.
     """
 
     hidden_BTD: jax.Array
     load_LE: jax.Array
     balance_LB: jax.Array
     router_logits_LBTE: jax.Array | None
+    spilled: jax.Array
 
 
 def specs(cfg: ModelConfig) -> Params:
@@ -103,11 +106,11 @@ def forward(
     gates are always this one's (routing replay). The A of a token must differ.
     tokens[B/batch, T/seq] -> hidden[B/batch, T/seq, D].
     """
-    x_BTD = embed(params, tokens_BT, cfg)
-    flow = make_flow(cfg, tokens_BT.shape, positions_BT, segments_BT)
-    routes_LBTA = None if routes_BTLA is None else jnp.moveaxis(routes_BTLA, 2, 0)
+    x_BTD = embed(params, spread(tokens_BT), cfg)
+    flow = spread_flow(cfg, tokens_BT.shape, positions_BT, segments_BT)
+    routes_LBTA = None if routes_BTLA is None else jnp.moveaxis(spread(routes_BTLA), 2, 0)
     x_BTD, outs = _trunk(params, x_BTD, flow, cfg, None, keep_router_logits, routes_LBTA)
-    return _hidden(params, x_BTD, outs, cfg)
+    return joined(_hidden(params, x_BTD, outs, cfg))
 
 
 def decode(
@@ -164,11 +167,27 @@ def make_flow(
     """What all layers share. Without positions the mask goes by index, which the fast kernels can
     use.
     """
-    B, T = shape
-    at_BT = positions_BT
-    if at_BT is None:
-        at_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None, :], (B, T))
+    at_BT = _by_index(shape) if positions_BT is None else positions_BT
     return Flow(cfg.mixer.rotation(at_BT, compute_dtype(cfg)), positions_BT, segments_BT)
+
+
+def spread_flow(
+    cfg: ModelConfig,
+    shape: tuple[int, ...],
+    positions_BT: jax.Array | None,
+    segments_BT: jax.Array | None,
+) -> Flow:
+    """`make_flow` of rows in the order in which the devices of a mesh hold them (ADR 0015)."""
+    positions_BT, segments_BT = spread(positions_BT), spread(segments_BT)
+    at_BT = spread(_by_index(shape)) if positions_BT is None else positions_BT
+    turn = cfg.mixer.rotation(at_BT, compute_dtype(cfg))
+    return Flow(turn, positions_BT, segments_BT, attend=attend())
+
+
+def joined(hidden: Hidden) -> Hidden:
+    """Of rows in the order of the devices, in their own."""
+    logits_LBTE = join(hidden.router_logits_LBTE, axis=2)
+    return hidden.replace(hidden_BTD=join(hidden.hidden_BTD), router_logits_LBTE=logits_LBTE)
 
 
 def empty_cache(cfg: ModelConfig, *, rows: int, max_tokens: int, page: int = 16) -> KVCache:
@@ -183,6 +202,10 @@ def empty_cache(cfg: ModelConfig, *, rows: int, max_tokens: int, page: int = 16)
         dtype=compute_dtype(cfg),
         page=page,
     )
+
+
+def _by_index(shape: tuple[int, ...]) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
 
 
 def _trunk(
@@ -221,5 +244,7 @@ def _hidden(params: Params, x_BTD, outs: list[BlockOut], cfg: ModelConfig) -> Hi
             jnp.zeros((0, cfg.moe.experts), jnp.int32),
             jnp.zeros((0, B), jnp.float32),
         )
-        return Hidden(hidden_BTD, empty_LE, empty_LB, None)
-    return Hidden(hidden_BTD, outs[-1].load_E, outs[-1].balance_B, outs[-1].logits_BTE)
+        return Hidden(hidden_BTD, empty_LE, empty_LB, None, jnp.int32(0))
+    out = outs[-1]
+    assert out.spilled is not None
+    return Hidden(hidden_BTD, out.load_E, out.balance_B, out.logits_BTE, out.spilled.sum())

@@ -22,6 +22,7 @@ from glm45_jax.rl.lengths import answer_tokens
 from glm45_jax.rl.trajectory import Trajectory
 
 CANARY = "canary/"  # how the ids of canary tasks, and names of their environments, begin
+FIRST_CANARY = 2**40  # held-out tasks from this number on are canaries (`Beside`)
 SURE = 4.0  # standard deviations; every round looks, so it has to be rare
 FIRST_ROUNDS = 10  # what later ones are compared with
 LATEST_ROUNDS = 5
@@ -309,6 +310,25 @@ def canary(env: Env) -> Env:
         )
 
     return dataclasses.replace(env, name=CANARY + env.name, tasks=tasks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside:
+    """A world with canaries beside its tasks: number `FIRST_CANARY` + n is the canary of task n."""
+
+    world: Callable[[], Env]
+
+    def __call__(self) -> Env:
+        """Its `Env`."""
+        env = self.world()
+        swapped = canary(env)
+
+        def tasks(number: int) -> Task:
+            if number < FIRST_CANARY:
+                return env.tasks(number)
+            return swapped.tasks(number - FIRST_CANARY)
+
+        return dataclasses.replace(env, tasks=tasks)
 
 
 def not_trained(prompt: Prompt, group: Sequence[Trajectory]) -> str:

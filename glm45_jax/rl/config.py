@@ -20,6 +20,8 @@ from glm45_jax.rollout.sampling import Sampling
 from glm45_jax.rollout.weights import Push
 from glm45_jax.train.state import Train
 
+LEAST_STORE = 75 * 2**20  # bytes; Ray refuses less
+
 
 @dataclasses.dataclass(frozen=True)
 class Sync:
@@ -52,6 +54,39 @@ class Async:
                 f"{self}: staleness must be at least 1 (0 is Sync()), devices 0 or 1: an engine "
                 "has one device"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """One engine and the worlds, in the trainer's process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ray:
+    """Engines and worlds in processes of their own, on this host or many, by Ray (`rl.cluster`).
+
+    engines: each with `serving` of its own, and with cpus and gpus of its own (Ray's resources;
+    gpus 0: on CPU). worlds: processes of one cpu that step and judge; 0: the engines' processes do.
+    restarts: how often an engine may die between two pushes of weights; once more ends the run, and
+    so does a prompt that kills whoever samples it. patience_s: in which an engine answers, its
+    start and a push included; one that does not is taken for dead. store_bytes: of the object
+    store, where this run starts Ray itself; three versions of the weights have room in it, or Ray
+    spills to disk. The last three are UNVERIFIED.
+    """
+
+    engines: int = 1
+    worlds: int = 0
+    cpus: float = 1.0
+    gpus: float = 0.0
+    restarts: int = 3
+    patience_s: float = 600.0
+    store_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        if self.engines < 1 or min(self.worlds, self.restarts) < 0 or self.patience_s <= 0:
+            raise ValueError(f"{self}: engines >= 1, worlds and restarts >= 0, patience_s > 0")
+        if min(self.cpus, self.gpus) < 0 or self.store_bytes < LEAST_STORE:
+            raise ValueError(f"{self}: cpus and gpus >= 0, store_bytes >= {LEAST_STORE}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +155,8 @@ class Evaluation:
 
     tasks: 0 to tasks - 1, of `world`, or of the world that is trained on, below `split.first`.
     samples: of each, at the temperature of training; greedy: one more at temperature 0. max_tokens
-    is that of training.
+    is that of training. canaries: so many of the tasks once more with the answer of another one, to
+    see whether wrong answers are paid for (`alarms.Canary`); only after batches.
     """
 
     world: Callable[[], Env] | None = None
@@ -128,6 +164,7 @@ class Evaluation:
     tasks: int = 256
     samples: int = 1
     greedy: bool = True
+    canaries: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +175,15 @@ class Rl:
     world: gives the `Env`: a function at the top of its module, or a frozen dataclass that is
     called. update: what a token costs, replay of the engine's experts (R3), micro-batches. groups:
     prompts of a batch; samples: of each. sampling: temperature and longest output, over all turns;
-    the format says where a turn stops. split, grades: which tasks; grades None takes them in order.
-    rule: rewards to advantages. updates: optimizer steps that share a batch, with whole groups.
-    recompute: the trainer's own log-probs stand for the old policy, which corrections need; else
-    the engine's word. most_mismatch: KL of engine to trainer, in nats a token, of tokens drawn by
-    the very weights that are trained, beyond which the run ends; None looks away. dynamic: groups
-    that agree are replaced by others, at most `most_dropped` times a batch. temperature: how it
-    rises when the reward stands still. alarms: of reward hacking, which are logged. judges: threads
-    in which worlds step and judge, for those that run programs; 0: between two steps of the engine.
+    the format says where a turn stops. where: engines and worlds are. split, grades: which tasks;
+    grades None takes them in order. rule: rewards to advantages. updates: optimizer steps that
+    share a batch, with whole groups. recompute: the trainer's own log-probs stand for the old
+    policy, which corrections need; else the engine's word. most_mismatch: KL of engine to trainer,
+    in nats a token, of tokens drawn by the very weights that are trained, beyond which the run
+    ends; None looks away. dynamic: groups that agree are replaced by others, at most `most_dropped`
+    times a batch. temperature: how it rises when the reward stands still. alarms: of reward
+    hacking, which are logged. judges: threads in which worlds step and judge, for those that run
+    programs; 0: between two steps of the engine.
     thinking, family: of the chat format. cold_start: what comes before the first batch.
     """
 
@@ -156,6 +194,7 @@ class Rl:
     groups: int = 128
     samples: int = 8
     mode: Sync | Async = Sync()
+    where: Here | Ray = Here()
     push: Push = Push()
     split: Split = Split()
     grades: Grades | None = None
@@ -190,6 +229,12 @@ class Rl:
             raise ValueError(
                 f"evaluation.tasks {self.evaluation.tasks} reach into those that are trained on, "
                 f"from split.first {self.split.first} on"
+            )
+        asynchronous = isinstance(self.mode, Async)
+        if isinstance(self.where, Ray) and asynchronous and self.mode != Async(self.mode.staleness):
+            raise ValueError(
+                f"{self.mode} with {self.where}: engines of Ray sample by themselves and on "
+                f"devices of their own; use Async({self.mode.staleness})"
             )
         if self.grades is not None and self.split.train is None:
             raise ValueError("grades need to know how many tasks there are; set split.train")

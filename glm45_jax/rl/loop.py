@@ -27,6 +27,7 @@ from glm45_jax.rl.sampler import Sampler, Score, StarvedError
 from glm45_jax.rl.temperature import Phase, due, observe, settle
 from glm45_jax.rl.trajectory import Trajectory
 from glm45_jax.rl.update import Updater
+from glm45_jax.rl.workers import WorkersError
 from glm45_jax.train.loop import stop_signals
 from glm45_jax.train.state import TrainState
 
@@ -38,7 +39,7 @@ Why = Literal["done", "stopped", "not finite", "gate", "starved"]
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a run ended, after `step` batches. why: "gate": engine and trainer disagree; "starved":
-    no batch came together; both are said in `said`.
+    no batch came together, or nobody samples any more; both are said in `said`.
     """
 
     step: int
@@ -60,6 +61,7 @@ WHY: dict[type[Exception], Why] = {
     StarvedError: "starved",
     GateError: "gate",
     NotFiniteError: "not finite",
+    WorkersError: "starved",
 }
 
 
@@ -111,17 +113,16 @@ def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, Outc
     why: Why = "done"
     said = ""
     with stop_signals() as stop:
-        _evaluate_at_start(run, start)
-        while now.step < run.steps:
-            try:
+        try:
+            _evaluate_at_start(run, start)
+            while now.step < run.steps:
                 _step(run, now, stop.is_set)
-            except (StarvedError, GateError, NotFiniteError) as error:
-                why, said = WHY[type(error)], str(error)
-                log.error("step %d: %s", now.step, error)
-                break
-            if stop.is_set() and now.step < run.steps:
-                why = "stopped"
-                break
+                if stop.is_set() and now.step < run.steps:
+                    why = "stopped"
+                    break
+        except (StarvedError, GateError, NotFiniteError, WorkersError) as error:
+            why, said = WHY[type(error)], str(error)
+            log.error("step %d: %s", now.step, error)
     run.sampler.park()
     if now.step > now.saved or run.checkpoints.latest() is None:
         _save(run, now)
@@ -132,7 +133,7 @@ def run_steps(run: Run, state: TrainState, start: int) -> tuple[TrainState, Outc
 def _step(run: Run, now: _Standing, stop: Callable[[], bool]) -> None:
     """None; one batch further, or not where `stop` says so while it is sampled.
 
-    Raises: StarvedError, GateError, NotFiniteError.
+    Raises: StarvedError, GateError, NotFiniteError, WorkersError.
     """
     clock, rl, before = Clock(), run.rl, run.sampler.workers.counts()
     with clock.phase("rollout"):
@@ -149,7 +150,7 @@ def _step(run: Run, now: _Standing, stop: Callable[[], bool]) -> None:
         if rl.temperature is not None:
             scalars |= _look_at_temperature(run, now, scalars["reward"])
         if _due(rl.evaluation.every, now.step, run.steps):
-            scalars |= evaluate(run)
+            scalars |= evaluate(run) | _canaries(run, now)
     if run.save_every and now.step % run.save_every == 0:
         with clock.phase("save"):
             _save(run, now)
@@ -206,6 +207,7 @@ def _evaluate_at_start(run: Run, start: int) -> None:
         with clock.phase("evaluate"):
             scalars = evaluate(run)
         if scalars:
+            scalars |= _speeds(run.sampler.workers.counts(), {})
             _write(run, 0, scalars | clock.scalars())
 
 
@@ -338,6 +340,23 @@ def _alarms(run: Run, now: _Standing, finished: Sequence[Trajectory]) -> dict[st
     for alarm in rung:
         log.warning("batch %d, alarm %s: %s", now.step, alarm.rule, alarm.message)
     return alarms.scalars(now.watched, rung)
+
+
+def _canaries(run: Run, now: _Standing) -> dict[str, float]:
+    """Mean reward of tasks that only a wrong answer solves; rules that know them are asked. What
+    they say is said again after every batch to come (`_alarms`), until canaries fail.
+    """
+    asked, T = run.rl.evaluation, run.sampler.temperature
+    if not asked.canaries:
+        return {}
+    numbers = range(alarms.FIRST_CANARY, alarms.FIRST_CANARY + asked.canaries)
+    sampling = dataclasses.replace(run.rl.sampling, temperature=T)
+    given = run.sampler.ask(numbers, max(asked.samples, 1), sampling)
+    rules = [rule for rule in run.rl.alarms if isinstance(rule, alarms.Canary)]
+    now.watched, rung = alarms.watch(rules, now.watched, given)
+    for alarm in rung:
+        log.warning("batch %d, alarm %s: %s", now.step, alarm.rule, alarm.message)
+    return {"eval/canary": float(np.mean([one.reward for one in given]))}
 
 
 def _described(

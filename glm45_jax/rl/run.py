@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,8 +19,11 @@ import jax
 from glm45_jax import metrics, values
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data.sft import prepare_any
-from glm45_jax.rl import alarms
-from glm45_jax.rl.config import Async, Rl
+from glm45_jax.envs.types import Env
+from glm45_jax.model.config import ModelConfig
+from glm45_jax.rl import alarms, cluster
+from glm45_jax.rl.cluster import Cluster
+from glm45_jax.rl.config import Async, Ray, Rl
 from glm45_jax.rl.curriculum import Curriculum, Tasks
 from glm45_jax.rl.loop import Outcome, Run, run_steps
 from glm45_jax.rl.pool import Pool, Rules, varied
@@ -27,9 +31,11 @@ from glm45_jax.rl.sampler import HELD_OUT, Graded, InOrder, Prompts, Sampler
 from glm45_jax.rl.temperature import Phase
 from glm45_jax.rl.update import Updater, make_updater
 from glm45_jax.rl.workers import Local, Threaded, Workers
+from glm45_jax.rl.worlds import Makers, make_all
 from glm45_jax.rollout import weights
 from glm45_jax.rollout.driver import Driver
 from glm45_jax.rollout.episode import Episodes, Format
+from glm45_jax.rollout.weights import Parcel
 from glm45_jax.tokenizer import END_OF_TEXT, Tokenizer
 from glm45_jax.train.loop import resume
 from glm45_jax.train.parallel import Trainer
@@ -141,8 +147,11 @@ def tokenizer_of(exp: Any, workdir: pathlib.Path) -> Tokenizer:
 def updater_of(exp: Any) -> Updater:
     """The trainer on the devices that the engine leaves it.
 
-    Raises: ValueError for a batch that these do not share evenly.
+    Raises: ValueError for a batch that these do not share evenly, and where Ray is asked for and
+    not there.
     """
+    if isinstance(exp.rl.where, Ray):
+        cluster.check(exp.rl.where)
     devices = None
     if isinstance(exp.rl.mode, Async) and exp.rl.mode.devices:
         devices = jax.local_devices()[: -exp.rl.mode.devices]
@@ -168,30 +177,57 @@ def updater_of(exp: Any) -> Updater:
 def workers_of(exp: Any, tokenizer: Tokenizer, params: Any, version: int) -> Workers:
     """Samplers that serve these weights as that version."""
     rl: Rl = exp.rl
-    device = jax.local_devices()[-1 if isinstance(rl.mode, Async) and rl.mode.devices else 0]
-    env = rl.world()
-    held_out = env if rl.evaluation.world is None else rl.evaluation.world()
     parcel = weights.prepare(params, version, cfg=exp.model, fp8=rl.push.fp8)
-    with jax.default_device(device):
-        driver = Driver(
-            rl.serving.engine(exp.model, routes=rl.update.replay),
-            weights.stage(parcel, device).params,
-            version=version,
-            prefill_tokens=rl.serving.prefill_tokens,
-            reuse=rl.serving.reuse,
+    if isinstance(rl.where, Ray):
+        build = functools.partial(local_of, rl, exp.model, tokenizer)
+        return Cluster(
+            rl.where, parcel, build=build, makers=makers_of(rl), cfg=exp.model, how=rl.push
         )
-    judges = ThreadPoolExecutor(rl.judges, "judge") if rl.judges else None
-    local = Local(
-        Episodes(driver, Format(tokenizer, rl.family, rl.thinking), executor=judges),
-        {env.name: env, HELD_OUT: held_out},
-        cfg=exp.model,
-        to=device,
-        how=rl.push,
-        at_close=judges.shutdown if judges else bool,
-    )
+    device = jax.local_devices()[-1 if isinstance(rl.mode, Async) and rl.mode.devices else 0]
+    local = local_of(rl, exp.model, tokenizer, parcel, make_all(makers_of(rl)), device=device)
     if isinstance(rl.mode, Async) and rl.mode.thread:
         return Threaded(local, device=device)
     return local
+
+
+def local_of(
+    rl: Rl,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    parcel: Parcel,
+    envs: Mapping[str, Env],
+    judges: int = 0,
+    *,
+    device: jax.Device | None = None,
+) -> Local:
+    """A sampler of this process. judges: threads where `rl` names none; device: the first one."""
+    device = device or jax.local_devices()[0]
+    with jax.default_device(device):
+        driver = Driver(
+            rl.serving.engine(model, routes=rl.update.replay),
+            weights.stage(parcel, device).params,
+            version=parcel.version,
+            prefill_tokens=rl.serving.prefill_tokens,
+            reuse=rl.serving.reuse,
+        )
+    judges = rl.judges or judges
+    pool = ThreadPoolExecutor(judges, "judge") if judges else None
+    return Local(
+        Episodes(driver, Format(tokenizer, rl.family, rl.thinking), executor=pool),
+        envs,
+        cfg=model,
+        to=device,
+        how=rl.push,
+        at_close=pool.shutdown if pool else bool,
+    )
+
+
+def makers_of(rl: Rl) -> Makers:
+    """What makes the worlds of a run, by the names that its prompts use."""
+    held_out = rl.evaluation.world or rl.world
+    if rl.evaluation.canaries:
+        held_out = alarms.Beside(held_out)
+    return {rl.world().name: rl.world, HELD_OUT: held_out}
 
 
 def pool_of(exp: Any, workdir: pathlib.Path) -> Pool:

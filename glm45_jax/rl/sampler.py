@@ -173,6 +173,11 @@ class Sampler:
 
         Raises: RuntimeError where an environment or the engine fails.
         """
+        rewards = [one.reward for one in self.ask(numbers, samples, sampling)]
+        return np.asarray(rewards, np.float64).reshape(len(numbers), samples)
+
+    def ask(self, numbers: Sequence[int], samples: int, sampling: Sampling) -> list[Trajectory]:
+        """Samples of tasks that are not trained on, task by task. Raises: as `held_out`."""
         jobs = [
             Job(
                 f"{HELD_OUT}/{number}",
@@ -191,8 +196,7 @@ class Sampler:
         bad = [one for one in found.values() if one.status in ("error", "aborted")]
         if bad:
             raise RuntimeError(f"{len(bad)} held-out episodes failed, {bad[0].task_id} among them")
-        rewards = [found[job.name].reward for job in jobs]
-        return np.asarray(rewards, np.float64).reshape(len(numbers), samples)
+        return [found[job.name] for job in jobs]
 
     def park(self) -> None:
         """None; nothing is under way, and the pool has all that was drawn."""

@@ -232,13 +232,14 @@ def loss(
     hidden = trunk(params, batch, cfg=cfg, replay=update.replay)
     out = loss_of_hidden(params, hidden.hidden_BTD, batch, counts, cfg=cfg, update=update)
     if update.mtp_weight is None:
-        return out.replace(load_LE=hidden.load_LE)
-    nll, load_LE = mtp_nll(params, hidden.hidden_BTD, batch, cfg=cfg)
+        return out.replace(load_LE=hidden.load_LE, spilled=hidden.spilled)
+    nll, ahead = mtp_nll(params, hidden.hidden_BTD, batch, cfg=cfg)
     part = nll / jnp.maximum(counts.mtp_tokens, jnp.float32(1))
     return out.replace(
         loss=out.loss + update.mtp_weight * part,
         parts=out.parts | {"mtp": part},
-        load_LE=jnp.concatenate([hidden.load_LE, load_LE]),
+        load_LE=jnp.concatenate([hidden.load_LE, ahead.load_LE]),
+        spilled=hidden.spilled + ahead.spilled,
     )
 
 
@@ -269,9 +270,9 @@ def loss_of_hidden(
 
 def mtp_nll(
     params: Params, hidden_BTD: jax.Array, batch: RlBatch, *, cfg: ModelConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of the MTP layer's -log p over drawn tokens, and its load [1, E]. The trunk, embedding
-    and head are held still: only the layer itself has a gradient.
+) -> tuple[jax.Array, transformer.Hidden]:
+    """Sum of the MTP layer's -log p over drawn tokens, and what its router did. The trunk,
+    embedding and head are held still: only the layer itself has a gradient.
     """
     rows = batch.batch
     still = jax.lax.stop_gradient(params).replace(mtp=params.mtp)
@@ -286,7 +287,7 @@ def mtp_nll(
     nll = cross_entropy_sum(
         still, ahead.hidden_BTD, rows.targets_BT[:, 1:], mtp_mask(rows), cfg=cfg
     )
-    return nll, ahead.load_LE
+    return nll, ahead
 
 
 def trunk(params: Params, batch: RlBatch, *, cfg: ModelConfig, replay: bool) -> transformer.Hidden:

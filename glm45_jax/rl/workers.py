@@ -1,8 +1,9 @@
 """Who samples. The seam of the RL loop: `Workers`. Types: `Job`, one sample to draw; `Local`, one
 driver that this thread ticks; `Threaded`, the same in a thread of its own.
 
-Workers on other machines are one more implementation: a `Job` and a `Trajectory` are plain data,
-and the loop does not look behind `start`, `poll` and `push`. The ledger stays with the loop.
+Workers in other processes and on other machines are one more implementation, `rl.cluster`: a `Job`
+and a `Trajectory` are plain data, and the loop does not look behind `start`, `poll` and `push`. The
+ledger stays with the loop.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from glm45_jax.rl.trajectory import Trajectory
 from glm45_jax.rollout import weights
 from glm45_jax.rollout.episode import Episode, Episodes
 from glm45_jax.rollout.sampling import Sampling
-from glm45_jax.rollout.weights import Push
+from glm45_jax.rollout.weights import Parcel, Push
 
 WAIT_S = 0.02  # of a thread for work, and of the loop for what a thread has done
 
@@ -52,6 +53,10 @@ class Job:
 Done = tuple[Job, Trajectory]
 
 
+class WorkersError(RuntimeError):
+    """Who samples is gone and does not come back. After `abort`, `poll` gives all jobs back."""
+
+
 class Workers(Protocol):
     """Samplers of one policy."""
 
@@ -64,11 +69,14 @@ class Workers(Protocol):
 
     def poll(self) -> list[Done]:
         """Jobs that ended, in any order; waits or works a little. Every job comes back once, with
-        status "error" or "aborted" where it could not end.
+        status "error" or "aborted" where it could not end. Raises: WorkersError.
         """
 
     def push(self, params: Any, version: int) -> None:
-        """None; later tokens are drawn by these weights, of which no buffer is kept."""
+        """None; later tokens are drawn by these weights, of which no buffer is kept.
+
+        Raises: WorkersError.
+        """
 
     def abort(self) -> None:
         """None; what is under way comes back soon, as it is."""
@@ -115,7 +123,9 @@ class Local:
             raise ValueError(f"job {job.name} is under way; give each a key of its own")
         env = self._envs[job.prompt.env]
         task = env.tasks(job.prompt.number)
-        begun = None if job.begun is None else _episode(job.begun, len(task.messages))
+        begun = None
+        if job.begun is not None and job.begun.sampled_T.any():
+            begun = _episode(job.begun, len(task.messages))
         self.episodes.start(job.name, env, task, job.sampling, begun=begun)
         self._jobs[job.name] = job
 
@@ -137,6 +147,12 @@ class Local:
         """As `Workers`; copies the weights, checks that they are finite and arrive whole."""
         driver = self.episodes.driver
         weights.push(driver, params, version, cfg=self._cfg, to=self._to, how=self._how)
+
+    def receive(self, parcel: Parcel) -> None:
+        """`push` of weights that were prepared elsewhere."""
+        self.episodes.driver.check_newer(parcel.version)
+        staged = weights.stage(parcel, self._to)
+        weights.publish(self.episodes.driver, staged, self._how.policy)
 
     def abort(self) -> None:
         """As `Workers`."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from glm45_jax import sharding
 from glm45_jax.data.types import Batch
 from glm45_jax.kernels.cross_entropy import token_nll
 from glm45_jax.model import mtp, transformer
@@ -40,13 +41,15 @@ class Weights:
 @struct.dataclass
 class LossOut:
     """loss: the sum of the weighted parts. tokens: targets counted. parts: each unweighted.
-    load_LE: MoE layers, then MTP.
+    load_LE: MoE layers, then MTP. spilled: routed rows that took a further pass of the exchange of
+    experts, int32; None where nobody counts them.
     """
 
     loss: jax.Array
     tokens: jax.Array
     parts: dict[str, jax.Array]
     load_LE: jax.Array
+    spilled: jax.Array | None = None
 
 
 def count(batch: Batch) -> Denominators:
@@ -88,7 +91,7 @@ def loss(
     hidden = trunk(params, batch, cfg=cfg, packed=packed)
     ce = cross_entropy_sum(params, hidden.hidden_BTD, batch.targets_BT, batch.mask_BT, cfg=cfg)
     parts = {"ce": ce / _at_least_one(denominators.tokens)}
-    balance, load_LE = hidden.balance_LB.sum(), hidden.load_LE
+    balance, load_LE, spilled = hidden.balance_LB.sum(), hidden.load_LE, hidden.spilled
     total = parts["ce"]
     if cfg.n_mtp:
         ahead = mtp.forward_all(
@@ -107,8 +110,10 @@ def loss(
             balance + ahead.balance_LB.sum(),
             jnp.concatenate([load_LE, ahead.load_LE]),
         )
+        spilled = spilled + ahead.spilled
     parts["balance"] = balance / _at_least_one(denominators.documents)
-    return LossOut(total + weights.balance * parts["balance"], denominators.tokens, parts, load_LE)
+    total = total + weights.balance * parts["balance"]
+    return LossOut(total, denominators.tokens, parts, load_LE, spilled)
 
 
 def trunk(params: Params, batch: Batch, *, cfg: ModelConfig, packed: bool) -> transformer.Hidden:
@@ -133,8 +138,7 @@ def cross_entropy_sum(
     cfg: ModelConfig,
 ) -> jax.Array:
     """Sum of -log p(target) where the mask is 1, float32."""
-    nll_M = _nll(params, hidden_BTD, targets_BT, cfg, None)
-    return (nll_M * mask_BT.reshape(-1)).sum()
+    return (_nll(params, hidden_BTD, targets_BT, cfg, None) * mask_BT).sum()
 
 
 def target_nll(
@@ -149,19 +153,19 @@ def target_nll(
 
     temperature_BT: float32, that the logits are divided by; None for 1.
     """
-    scale_M = None if temperature_BT is None else 1 / temperature_BT.reshape(-1)
-    return _nll(params, hidden_BTD, targets_BT, cfg, scale_M).reshape(targets_BT.shape)
+    scale_BT = None if temperature_BT is None else 1 / temperature_BT
+    return _nll(params, hidden_BTD, targets_BT, cfg, scale_BT)
 
 
-def _nll(params: Params, hidden_BTD, targets_BT, cfg: ModelConfig, scale_M) -> jax.Array:
-    D = hidden_BTD.shape[-1]
-    return token_nll(
-        hidden_BTD.reshape(-1, D),
+def _nll(params: Params, hidden_BTD, targets_BT, cfg: ModelConfig, scale_BT) -> jax.Array:
+    nll_M = token_nll(
+        sharding.flat(hidden_BTD),
         params.head_DV,
-        targets_BT.reshape(-1),
+        sharding.flat(targets_BT),
         impl=cfg.impl.cross_entropy,
-        scale_M=scale_M,
+        scale_M=None if scale_BT is None else sharding.flat(scale_BT),
     )
+    return sharding.unflat(nll_M, targets_BT.shape)
 
 
 def _at_least_one(n: Any) -> jax.Array:

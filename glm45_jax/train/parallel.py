@@ -47,8 +47,9 @@ class Trainer:
     validation. begin: step 0 with a copy of these weights, which lie anywhere. place: a copy of
     weights as a state holds them. logp: of such weights, this host's rows [B, T] of a batch.
 
-    abstract: shapes and shardings of `save_view(state)`, for restoring. n_devices: devices that
-    compute; row_parts: those among which the rows of a batch are split.
+    abstract: shapes and shardings of `save_view(state)`, for restoring. lower: the step of global
+    batches of these shapes, not compiled; on a mesh, whose devices need not be here. n_devices:
+    devices that compute; row_parts: those among which the rows of a batch are split.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -61,6 +62,7 @@ class Trainer:
     load_view: Callable[[TrainState], TrainState]
     check_rows: Callable[[int], None]
     abstract: TrainState
+    lower: Callable[[Any], jax.stages.Lowered]
     n_devices: int
     row_parts: int
 
@@ -199,9 +201,14 @@ def _mesh_trainer(where: MeshShape, recipe: Work, rules: Rules, devices: Any) ->
     hosts, host = jax.process_count(), jax.process_index()
 
     def take_logp(params: Any, batch: Any) -> np.ndarray:
-        rows = _rows(batch)
-        out_BT = logp(params, put(batch), accum=recipe.accum(rows * hosts))
+        out_BT = logp(params, put(batch), accum=recipe.accum((rows := _rows(batch)) * hosts))
         return np.asarray(out_BT)[host * rows : (host + 1) * rows]
+
+    abstract = jax.tree.map(_placed, shapes, layout)
+
+    def lower(batch: Any) -> jax.stages.Lowered:
+        batch = sharding.placed_shapes(batch, mesh, rules)
+        return step.lower(abstract, batch, accum=recipe.accum(_rows(batch)))
 
     return Trainer(
         init=jax.jit(init, out_shardings=layout),
@@ -213,9 +220,8 @@ def _mesh_trainer(where: MeshShape, recipe: Work, rules: Rules, devices: Any) ->
         save_view=lambda state: state,
         load_view=lambda state: state,
         check_rows=functools.partial(sharding.check_batch, sizes=mesh.shape, rules=rules),
-        abstract=jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, layout
-        ),
+        abstract=abstract,
+        lower=lower,
         n_devices=mesh.size,
         row_parts=sharding.ways(rules.batch, mesh.shape),
     )
@@ -275,9 +281,8 @@ def _pmap_trainer(where: Pmap, recipe: Work, devices: Any) -> Trainer:
         save_view=_first_copy,
         load_view=spread,
         check_rows=check_rows,
-        abstract=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), shapes
-        ),
+        abstract=jax.tree.map(lambda x: _placed(x, first), shapes),
+        lower=_refuse_pmap,
         n_devices=total,
         row_parts=total,
     )
@@ -293,6 +298,14 @@ def state_shardings(shapes: TrainState, specs: Any, mesh: Any, rules: Rules) -> 
         return replicated if owner is None else sharding.shardings(owner, mesh, rules)
 
     return jax.tree.map(one, shapes, params_lib.owners(specs, shapes))
+
+
+def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _refuse_pmap(_: Any) -> Any:
+    raise ValueError("a pmap step is not lowered for other devices; use mesh=MeshShape(...)")
 
 
 def _rows(batch: Any) -> int:

@@ -1,7 +1,8 @@
 """The report of a run: `report.md` and plots, made from `metrics.jsonl` and what the caller adds.
 
 The one function to know is `write_report`; the same inputs give the same bytes. A value is never
-measured here: numbers are those of the file. Letters: L MoE layers, E experts.
+measured here: numbers are those of the file. Reports of other runs draw with `Curves` and the
+functions that take one. Letters: L MoE layers, E experts.
 """
 
 import dataclasses
@@ -18,23 +19,23 @@ _FIRST_STEPS = 10
 _SMOOTHED = 400  # points, beyond which a running mean is drawn over the raw curve
 _OCTAVES = 2  # the load map goes from a quarter of the mean to four times the mean
 _MAPS = 1000
-_INK, _MUTED = "#222222", "#8a8a8a"
-_BLUE, _ORANGE, _GREEN, _PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-_STYLE: dict[Any, Any] = {
+INK, MUTED = "#222222", "#8a8a8a"
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "image.interpolation": "nearest",
@@ -42,12 +43,12 @@ _STYLE: dict[Any, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class Curves:
     """What the plots draw: metrics, lines to compare with, and where the stages begin."""
 
     rows: list[Row]
-    baselines: Mapping[str, float]
-    stages: Sequence[tuple[str, int]]
+    baselines: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    stages: Sequence[tuple[str, int]] = ()
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) where `name` was logged; values that are not finite are NaN."""
@@ -89,39 +90,38 @@ def write_report(
     rows = read_jsonl(workdir / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{workdir / 'metrics.jsonl'} is empty; log at least one step")
-    run = _Run(rows, baselines, stages)
-    plots = _write_plots(run, workdir / "plots")
-    parts = [f"# {_cell(title)}", _table(("run", ""), [(k, _cell(v)) for k, v in facts.items()])]
-    parts += ["## Results", _table(("", "value"), _results(run))]
+    run = Curves(rows, baselines, stages)
+    plots = write_plots(run, workdir / "plots", _plots())
+    parts = [f"# {cell(title)}", table(("run", ""), [(k, cell(v)) for k, v in facts.items()])]
+    parts += ["## Results", table(("", "value"), _results(run))]
     if plots:
         parts += ["## Curves", *(f"![{alt}](plots/{name})" for name, alt in plots)]
     if samples:
-        parts += ["## Samples", *(_sample(*sample) for sample in samples)]
-    path = workdir / "report.md"
-    text = "\n\n".join(part for part in parts if part) + "\n"
-    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-    return path
+        parts += ["## Samples", *(block("⟶".join(sample)) for sample in samples)]
+    return write_text(workdir / "report.md", parts)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """Text that stays in its cell of a table."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
-def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+def table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    """A table of two columns; "" without rows."""
     if not rows:
         return ""
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    return "\n".join(lines + [f"| {_cell(name)} | {value} |" for name, value in rows])
+    return "\n".join(lines + [f"| {cell(name)} | {value} |" for name, value in rows])
 
 
-def _sample(prompt: str, continuation: str) -> str:
-    """The two texts in one block, fenced by more backticks than they have in a row."""
-    longest = max((len(ticks) for ticks in re.findall("`+", prompt + continuation)), default=0)
+def block(text: str) -> str:
+    """The text in a block, fenced by more backticks than it has in a row."""
+    longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{prompt}⟶{continuation}\n{fence}"
+    return f"{fence}text\n{text}\n{fence}"
 
 
-def _results(run: _Run) -> list[tuple[str, str]]:
+def _results(run: Curves) -> list[tuple[str, str]]:
     """The rows of the results table; those that were logged."""
     rows: list[tuple[str, str]] = []
     steps, losses = run.series("val/loss")
@@ -145,7 +145,7 @@ def _results(run: _Run) -> list[tuple[str, str]]:
     return rows + _speeds(run)
 
 
-def _speeds(run: _Run) -> list[tuple[str, str]]:
+def _speeds(run: Curves) -> list[tuple[str, str]]:
     kinds: list[tuple[str, str, Callable[[np.ndarray], str]]] = [
         ("tokens_per_s", "tokens a second, median", lambda x: f"{np.median(x):,.0f}"),
         ("mfu", "MFU, median", lambda x: f"{100 * np.median(x):.2f} %"),
@@ -165,19 +165,27 @@ def _speeds(run: _Run) -> list[tuple[str, str]]:
     return rows
 
 
-def _write_plots(run: _Run, folder: Path) -> list[tuple[str, str]]:
-    """(file name, what it shows) of the plots that there are numbers for."""
-    import matplotlib as mpl
+Plot = tuple[str, str, Callable[[Curves], Any]]  # file name, what it shows, what draws it
 
-    folder.mkdir(parents=True, exist_ok=True)
-    plots = [
+
+def _plots() -> list[Plot]:
+    return [
         ("loss.png", "loss by step", _loss_figure),
         ("load.png", "share of tokens each expert takes", _load_figure),
         ("lr.png", "learning rate and gradient norm by step", _lr_figure),
         ("bias.png", "router bias", _bias_figure),
     ]
+
+
+def write_plots(run: Curves, folder: Path, plots: Sequence[Plot]) -> list[tuple[str, str]]:
+    """(file name, what it shows) of the plots that there are numbers for; what draws gives a
+    figure, or None where there are none.
+    """
+    import matplotlib as mpl
+
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         for name, alt, draw in plots:
             figure = draw(run)
             if figure is None:
@@ -188,7 +196,15 @@ def _write_plots(run: _Run, folder: Path) -> list[tuple[str, str]]:
     return written
 
 
-def _figure(width: float, height: float) -> Any:
+def write_text(path: Path, parts: Sequence[str]) -> Path:
+    """The path, whose file has these parts with an empty line between; empty ones are left out."""
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    return path
+
+
+def figure_of(width: float, height: float) -> Any:
+    """An empty figure, in inches, of no window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -204,7 +220,9 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
-def _curve(axes: Any, run: _Run, name: str, label: str, color: str, *, smooth: bool = True) -> bool:
+def draw_curve(
+    axes: Any, run: Curves, name: str, label: str, color: str, *, smooth: bool = True
+) -> bool:
     """Whether there was something to draw; long curves are pale, with a running mean on top."""
     steps, values = run.series(name)
     if not np.isfinite(values).any():
@@ -216,12 +234,12 @@ def _curve(axes: Any, run: _Run, name: str, label: str, color: str, *, smooth: b
     return True
 
 
-def _dress_steps(axes: Any, run: _Run, *, first: bool = False) -> None:
-    """Stages as lines and steps below; on the first axes also their names and tokens above."""
+def dress_steps(axes: Any, run: Curves, *, first: bool = False) -> None:
+    """None; stages as lines, steps below; on the first axes also their names, and tokens above."""
     axes.set_xlabel("step")
     axes.margins(x=0.01)
     for name, step in run.stages:
-        axes.axvline(step, color=_MUTED, linewidth=0.8, linestyle=":")
+        axes.axvline(step, color=MUTED, linewidth=0.8, linestyle=":")
         if not first:
             continue
         axes.annotate(
@@ -230,7 +248,7 @@ def _dress_steps(axes: Any, run: _Run, *, first: bool = False) -> None:
             xycoords=("data", "axes fraction"),
             xytext=(3, 0),
             textcoords="offset points",
-            color=_MUTED,
+            color=MUTED,
             fontsize=8,
             rotation=90,
             bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
@@ -241,31 +259,31 @@ def _dress_steps(axes: Any, run: _Run, *, first: bool = False) -> None:
         places = [x for x in axes.get_xticks() if max(low, steps[0]) <= x <= min(high, steps[-1])]
         above = axes.secondary_xaxis("top")
         above.set_xticks(places, [short(np.interp(x, steps, seen)) for x in places])
-        above.tick_params(color=_MUTED, labelcolor=_MUTED, labelsize=8)
-        above.set_xlabel("tokens", color=_MUTED, fontsize=8)
+        above.tick_params(color=MUTED, labelcolor=MUTED, labelsize=8)
+        above.set_xlabel("tokens", color=MUTED, fontsize=8)
         above.spines["top"].set_visible(False)
 
 
-def _loss_figure(run: _Run) -> Any:
+def _loss_figure(run: Curves) -> Any:
     balance = np.isfinite(run.series("loss/balance")[1]).any()
-    figure = _figure(9, 6.6 if balance else 5)
+    figure = figure_of(9, 6.6 if balance else 5)
     grid = figure.add_gridspec(
         2 if balance else 1, 1, height_ratios=[3.4, 1][: 2 if balance else 1]
     )
     axes = figure.add_subplot(grid[0])
     curves = [
-        ("loss/mtp", "multi-token prediction", _PINK),
-        ("loss", "whole training loss", _MUTED),
-        ("loss/ce", "training cross-entropy", _BLUE),
+        ("loss/mtp", "multi-token prediction", PINK),
+        ("loss", "whole training loss", MUTED),
+        ("loss/ce", "training cross-entropy", BLUE),
     ]
-    drawn = [_curve(axes, run, *curve) for curve in curves]
+    drawn = [draw_curve(axes, run, *curve) for curve in curves]
     steps, values = run.series("val/loss")
     if np.isfinite(values).any():
         drawn.append(True)
         axes.plot(
             steps,
             values,
-            color=_ORANGE,
+            color=ORANGE,
             label="validation loss",
             marker="o",
             markersize=4,
@@ -274,7 +292,7 @@ def _loss_figure(run: _Run) -> Any:
     if not any(drawn):
         return None
     for name, nats in run.baselines.items():
-        axes.axhline(nats, color=_INK, linewidth=1, linestyle=(0, (5, 3)))
+        axes.axhline(nats, color=INK, linewidth=1, linestyle=(0, (5, 3)))
         axes.annotate(
             f"{name} {nats:.3f}",
             (0.995, nats),
@@ -287,44 +305,44 @@ def _loss_figure(run: _Run) -> Any:
     axes.set_ylabel("nats a token")
     axes.set_title("Loss")
     figure.legend(loc="outside upper right", ncols=4, fontsize=9)
-    _dress_steps(axes, run, first=True)
+    dress_steps(axes, run, first=True)
     if balance:
         below = figure.add_subplot(grid[1], sharex=axes)
-        _curve(below, run, "loss/balance", "balance", _GREEN)
+        draw_curve(below, run, "loss/balance", "balance", GREEN)
         below.set_title(
             "Sequence balance term, unweighted, summed over layers (1 a layer is even)", fontsize=9
         )
         below.set_ylabel("sum f·P")
         below.ticklabel_format(axis="y", scilimits=(-2, 3))
-        _dress_steps(below, run)
+        dress_steps(below, run)
     return figure
 
 
-def _lr_figure(run: _Run) -> Any:
+def _lr_figure(run: Curves) -> Any:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     norm = np.isfinite(run.series("grad_norm")[1]).any()
-    figure = _figure(9, 5.6 if norm else 3.4)
+    figure = figure_of(9, 5.6 if norm else 3.4)
     axes = figure.add_subplot(2 if norm else 1, 1, 1)
-    if not _curve(axes, run, "lr", "learning rate", _BLUE, smooth=False):
+    if not draw_curve(axes, run, "lr", "learning rate", BLUE, smooth=False):
         return None
     axes.set_title("Learning rate")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
-    _dress_steps(axes, run, first=True)
+    dress_steps(axes, run, first=True)
     if norm:
         below = figure.add_subplot(2, 1, 2, sharex=axes)
-        _curve(below, run, "grad_norm", "gradient norm", _ORANGE)
+        draw_curve(below, run, "grad_norm", "gradient norm", ORANGE)
         below.set_yscale("log")
         below.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         below.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         below.yaxis.set_minor_formatter(NullFormatter())
         below.set_title("Gradient norm, before the update")
-        _dress_steps(below, run)
+        dress_steps(below, run)
     return figure
 
 
-def _load_figure(run: _Run) -> Any:
+def _load_figure(run: Curves) -> Any:
     """First and last load over the mean, and the busiest expert of each layer over time."""
     from matplotlib.colors import TwoSlopeNorm
 
@@ -344,14 +362,14 @@ def _load_figure(run: _Run) -> Any:
     bar.set_ticks(range(-_OCTAVES, _OCTAVES + 1), labels=["≤ ¼", "½", "1", "2", "≥ 4"])
     bar.set_label("load over its mean, 1/E", fontsize=9)
     _layer_lines(axes, steps, peak_SL)
-    axes.axhline(1, color=_INK, linewidth=1, linestyle=(0, (5, 3)))
+    axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (5, 3)))
     axes.set_title("Busiest expert of each layer over the mean expert")
     axes.set_ylabel("max / mean")
-    _dress_steps(axes, run)
+    dress_steps(axes, run)
     return figure
 
 
-def _bias_figure(run: _Run) -> Any:
+def _bias_figure(run: Curves) -> Any:
     """First and last router bias, and its mean size over time."""
     from matplotlib.colors import TwoSlopeNorm
 
@@ -370,7 +388,7 @@ def _bias_figure(run: _Run) -> Any:
     _layer_lines(axes, steps, size_SL)
     axes.set_title("Mean |bias| of each layer")
     axes.set_ylim(bottom=0)
-    _dress_steps(axes, run)
+    dress_steps(axes, run)
     return figure
 
 
@@ -380,7 +398,7 @@ def _maps_over_curve(
     """A figure of the first and last [L, E] as heat maps, axes for a curve below, and the bar."""
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(9, 6.4)
+    figure = figure_of(9, 6.4)
     grid = figure.add_gridspec(2, 2, height_ratios=[1.2, 1])
     maps = []
     for column, index in enumerate((0, -1)):
@@ -418,4 +436,4 @@ def _layer_lines(axes: Any, steps: np.ndarray, values_SL: np.ndarray) -> None:
         axes.legend(loc="best", ncols=min(layers, 4), fontsize=8)
     else:
         note = f"dark: layer 0 · light: layer {layers - 1}"
-        axes.set_title(note, loc="right", fontsize=8, fontweight="normal", color=_MUTED)
+        axes.set_title(note, loc="right", fontsize=8, fontweight="normal", color=MUTED)

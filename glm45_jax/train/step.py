@@ -128,6 +128,8 @@ def descend(
     scalars |= {f"update_rms/{kind}": rms for kind, rms in update_rms(updates, specs).items()}
     bias_LE = biases(now.params)
     scalars |= balance_scalars(out.load_LE, bias_LE)
+    if out.spilled is not None and out.load_LE.size:
+        scalars["spilled"] = out.spilled.astype(jnp.float32)
     state = now.replace(**_kept(verdict.spent, state, now))
     ok = ~verdict.spent
     return state, StepOut(scalars, out.load_LE, bias_LE, ok, ok & ~verdict.take)
@@ -232,7 +234,8 @@ def update_rms(updates: Any, specs: Any) -> dict[str, jax.Array]:
             )
             sizes[spec.kind] = sizes.get(spec.kind, 0) + math.prod(spec.shape)
     return {
-        kind: jnp.sqrt(sum(parts[1:], parts[0]) / sizes[kind]) for kind, parts in squares.items()
+        kind: jnp.sqrt(sum(parts[1:], parts[0]) / float(sizes[kind]))  # 355B is no int32
+        for kind, parts in squares.items()
     }
 
 

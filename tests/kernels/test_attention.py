@@ -16,6 +16,8 @@ import pytest
 from glm45_jax import sharding
 from glm45_jax.kernels import attention as op
 from glm45_jax.kernels import attention_gpu as gpu
+from glm45_jax.kernels import attention_tiles as tiles
+from glm45_jax.kernels.attention_tiles import tiled_attention
 from glm45_jax.kernels.shapes import ATTENTION, AttentionShape
 
 SMALL = [name for name, shape in ATTENTION.items() if shape.small]
@@ -87,6 +89,45 @@ def test_every_implementation_equals_a_query_at_a_time(name, impl):
         return
     out = op.attention(q, k, v, segments_BT=segments(shape), impl=impl)
     np.testing.assert_allclose(out, by_hand(q, k, v, segments(shape)), atol=2e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tile", [8, 16, 64])
+def test_tiles_of_any_width_equal_the_definition_forward_and_backward(tile, packed):
+    shape = AttentionShape(B=2, T=45, N=6, K=2, H=16, packed=packed)
+    q, k, _ = draw(shape)
+    v, cotangent = (
+        jax.random.normal(jax.random.key(heads), (2, 45, heads, 24)) for heads in (2, 6)
+    )
+
+    def both(attention, q, k, v):
+        out, pull = jax.vjp(functools.partial(attention, segments_BT=segments(shape)), q, k, v)
+        return out, *pull(cotangent)
+
+    found = jax.jit(functools.partial(both, functools.partial(tiled_attention, tile=tile)))(q, k, v)
+    for ours, theirs in zip(found, both(op.reference, q, k, v), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-6)
+
+
+def test_tiles_of_other_documents_are_not_visited():
+    documents = jnp.asarray([[1] * 20 + [2] * 28])
+    keys = tiles.Keys(None, None, jnp.arange(48))
+    at_t = jnp.arange(40, 48)[None]
+    first, stop = tiles._reach(at_t, tiles.begins(documents)[:, 40:], keys, 8)
+    assert (int(first), int(stop)) == (2, 6)
+
+
+def test_long_rows_go_by_tiles_and_short_ones_by_the_definition():
+    def shapes_of(T):
+        whole = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
+        text = jax.jit(op.attention).lower(whole, whole, whole).as_text()
+        return f"x{T}x{T}x" in text
+
+    assert shapes_of(1024)
+    assert not shapes_of(2048)
+    with pytest.raises(ValueError, match=r"tiles masks by index; .*auto"):
+        q, k, v = draw(ATTENTION["tiny"])
+        op.attention(q, k, v, positions_BT=jnp.zeros(q.shape[:2], jnp.int32), impl="tiles")
 
 
 def test_future_keys_have_no_gradient():

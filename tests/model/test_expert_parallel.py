@@ -16,6 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from glm45_jax import params as params_lib
 from glm45_jax import sharding, values
 from glm45_jax.model import config, cost, expert_parallel, transformer
+from glm45_jax.model.context_parallel import RingKeys
 from glm45_jax.model.expert_parallel import (
     GatherTokens,
     GatherWeights,
@@ -34,7 +35,7 @@ ONE = MeshShape(1, 1)
 # The definition of the grouped product compiles fastest, and exchanges do not depend on it.
 TINY = dataclasses.replace(config.tiny(), impl=config.Impl(grouped_matmul="reference"))
 CFG = dataclasses.replace(TINY, n_dense=0, n_moe=1, n_mtp=0)
-# Its one mixture is MTP's: T - 1 positions divide over no context.
+# Its one mixture is MTP's: of rows split over devices, the last place stays as padding.
 MTP = dataclasses.replace(TINY, n_dense=1, n_moe=0, n_mtp=1)
 EXPERTS, D, F = CFG.moe.experts, CFG.d_model, CFG.moe.d_expert
 
@@ -73,6 +74,16 @@ MESHES = {
         MeshShape(data=2, fsdp=1, expert=2, context=2),
         Rules(exchange=GatherTokens()),
     ),
+    "context 8": (
+        dataclasses.replace(MTP, remat="full"),
+        MeshShape(fsdp=1, context=8),
+        Rules(keys=RingKeys()),
+    ),
+}
+LENGTH = 32  # of a row: two chunks for each of 8 devices, and documents across their borders
+SKEWS = {
+    "as the router likes": [0.0] * 8,
+    "one takes all, one nothing": [0.0, 0, 0, 9, 0, -9, 0, 0],
 }
 
 
@@ -87,8 +98,8 @@ def placed(cfg, shape, rules):
 
 @functools.cache
 def three_steps(cfg, shape=ONE, rules=Rules()):
-    """Gradient and loss of the first of three steps of plain descent, the biases after them, and
-    the compiled step's text.
+    """By skew of the routing: gradient and loss of the first of three steps of plain descent, and
+    the biases after them; and the compiled step's text.
     """
     mesh, params = placed(cfg, shape, rules)
     weights = Weights(jnp.float32(0.3), jnp.float32(1e-2))
@@ -99,32 +110,62 @@ def three_steps(cfg, shape=ONE, rules=Rules()):
         moved = jax.tree.map(lambda w, g: w - 0.1 * g, params, grads)
         return move_bias(moved, out.load_LE, jnp.float32(1e-2)), grads, out
 
-    batches = [sharding.put(packed_batch(seed), mesh, rules) for seed in range(3)]
+    batches = [packed_batch(seed, length=LENGTH) for seed in range(3)]
+    batches = [sharding.put(batch, mesh, rules) for batch in batches]
     layout = jax.tree.map(lambda w: w.sharding, params)
     compiled = jax.jit(step, out_shardings=(layout, layout, None)).lower(params, batches[0])
     compiled = compiled.compile()
-    params, grads, out = compiled(params, batches[0])
-    for batch in batches[1:]:
-        params = compiled(params, batch)[0]
-    return jax.device_get(grads), jax.device_get(out), biases(params), compiled.as_text()
+    found = {}
+    for skew, bias in SKEWS.items():
+        start = jax.tree_util.tree_map_with_path(
+            lambda path, w, bias=bias: _biased(path, w, bias), params
+        )
+        moved, grads, out = compiled(start, batches[0])
+        for batch in batches[1:]:
+            moved = compiled(moved, batch)[0]
+        found[skew] = jax.device_get((grads, out, biases(moved)))
+    return found, compiled.as_text()
+
+
+def _biased(path, w, bias):
+    if "bias_E" not in jax.tree_util.keystr(path):
+        return w
+    return jax.device_put(jnp.broadcast_to(jnp.asarray(bias), w.shape), w.sharding)
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_every_mesh_gives_one_devices_loss_gradient_and_biases(name):
     cfg, shape, rules = MESHES[name]
-    grads, out, bias_LE, _ = three_steps(cfg, shape, rules)
-    alone_grads, alone, alone_bias_LE, _ = three_steps(dataclasses.replace(cfg, remat="none"))
-    assert_allclose(out.loss, alone.loss, rtol=1e-5)
-    for part in alone.parts:
-        assert_allclose(out.parts[part], alone.parts[part], rtol=1e-5, err_msg=part)
-    assert_array_equal(out.load_LE, alone.load_LE)
-    assert_array_equal(bias_LE, alone_bias_LE)
-    assert np.ptp(bias_LE) > 0
-    paths = jax.tree.map(lambda path: path, params_lib.leaves_with_path(transformer.specs(cfg)))
-    for (path, _), ours, theirs in zip(
-        paths, jax.tree.leaves(grads), jax.tree.leaves(alone_grads), strict=True
-    ):
-        assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=1e-5, err_msg=path)
+    found, alone_found = three_steps(cfg, shape, rules)[0], three_steps(alone_of(cfg))[0]
+    paths = [path for path, _ in params_lib.leaves_with_path(transformer.specs(cfg))]
+    for skew in SKEWS:
+        (grads, out, bias_LE), (alone_grads, alone, alone_bias_LE) = found[skew], alone_found[skew]
+        assert_allclose(out.loss, alone.loss, rtol=1e-5, err_msg=skew)
+        for part in alone.parts:
+            assert_allclose(out.parts[part], alone.parts[part], rtol=1e-5, err_msg=part)
+        assert_array_equal(out.load_LE, alone.load_LE)
+        assert_array_equal(bias_LE, alone_bias_LE)
+        assert np.ptp(bias_LE) > 0
+        for path, ours, theirs in zip(
+            paths, jax.tree.leaves(grads), jax.tree.leaves(alone_grads), strict=True
+        ):
+            atol = 1e-5 * np.abs(theirs).max()
+            assert_allclose(ours, theirs, atol=atol, rtol=1e-5, err_msg=f"{skew}: {path}")
+    taken = alone_found["one takes all, one nothing"][1].load_LE[0]
+    assert taken[3] == taken.sum() // cfg.moe.top_k and taken[5] == 0
+
+
+def alone_of(cfg):
+    return dataclasses.replace(cfg, remat="none")
+
+
+def test_the_loss_counts_the_rows_that_took_another_pass():
+    spilled = {
+        name: [out.spilled for _, out, _ in three_steps(*MESHES[name])[0].values()]
+        for name in ("expert 4 x context 2", "fsdp 8")
+    }
+    assert spilled["expert 4 x context 2"][1] > spilled["expert 4 x context 2"][0]
+    assert spilled["fsdp 8"] == [0, 0]  # weights travel
 
 
 def collectives(text, op):

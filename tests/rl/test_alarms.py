@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from glm45_jax.envs.types import Env, Part, Task
 from glm45_jax.rl.alarms import (
     CANARY,
+    FIRST_CANARY,
     FIRST_ROUNDS,
     LATEST_ROUNDS,
     RULES,
     Alarm,
+    Beside,
     Canary,
     Diverge,
     Drift,
@@ -213,6 +215,13 @@ def test_the_right_answer_is_wrong_on_a_canary(number):
 def test_a_world_of_one_answer_has_no_canaries():
     with pytest.raises(ValueError, match="have the answer '7'"):
         canary(sums(same=True)).tasks(3)
+
+
+def test_canaries_beside_a_world_have_numbers_of_their_own():
+    env = Beside(sums)()
+    for n in range(5):
+        assert env.tasks(n) == sums().tasks(n)
+        assert env.tasks(FIRST_CANARY + n) == canary(sums()).tasks(n)
 
 
 def test_canaries_are_dropped_before_training_and_counted(tmp_path):

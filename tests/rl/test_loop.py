@@ -11,7 +11,7 @@ import pytest
 
 from glm45_jax.rl import loop, sampler
 from glm45_jax.rl.batch import choose, pack
-from glm45_jax.rl.config import Async, Grades, Split
+from glm45_jax.rl.config import Async, Evaluation, Grades, Split
 from glm45_jax.rl.correction import Tis
 from glm45_jax.rl.curriculum import MODERATE
 from glm45_jax.rl.lease import Prompt
@@ -336,3 +336,17 @@ def test_an_interval_is_of_the_tasks_means():
     score = sampler.Score.of(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
     assert score.mean == pytest.approx(0.5) and score.half == pytest.approx(1.96 * 0.5 / 3**0.5)
     assert sampler.Score.of(np.array([[1.0]])).half == np.inf
+
+
+def test_canaries_tell_of_a_world_that_pays_wrong_answers_and_change_nothing_else(tmp_path):
+    """Parity looks at no answer, so canaries pass as often as honest tasks."""
+    plain = dataclasses.replace(RL, evaluation=Evaluation(tasks=3, every=1))
+    asked = dataclasses.replace(RL, evaluation=Evaluation(tasks=3, every=1, canaries=3))
+    weights, _, rows = start(experiment(tmp_path, rl=plain), tmp_path / "plain")
+    others, _, told = start(experiment(tmp_path, rl=asked), tmp_path / "asked")
+    same(weights, others)
+    assert [row.scalars["reward"] for row in rows[1:]] == [r.scalars["reward"] for r in told[1:]]
+    assert all("eval/canary" not in row.scalars for row in (*rows, told[0]))
+    assert max(row.scalars["eval/canary"] for row in told[1:]) > 0
+    assert "watch/canary" not in rows[-1].scalars
+    assert told[-1].scalars["watch/canary"] > 0 and told[-1].scalars["watch/alarms"] >= 1

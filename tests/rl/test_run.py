@@ -54,6 +54,14 @@ def test_a_cold_start_comes_first_and_the_batches_go_on_from_it(done):
     assert claim["fields"]["rl"]["fields"]["groups"] == 4
 
 
+def test_a_run_leaves_a_report_and_its_tokens(done):
+    text = (done / "report.md").read_text()
+    assert "done, after batch 2 of 2" in text and "[token by token](trace.html)" in text
+    assert "Rules spoke after 0 of 2 batches." in text
+    assert "arithmetic.2+" in (done / "trace.html").read_text()
+    assert (done / "plots" / "reward.png").exists()
+
+
 def test_a_finished_run_trains_no_further_and_a_longer_one_goes_on(done):
     before = (done / "metrics.jsonl").read_bytes()
     assert run(done) == 0

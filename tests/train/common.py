@@ -1,6 +1,8 @@
 """One batch of packed rows, and trainers of the tiny model shared by the tests of this room."""
 
+import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -16,25 +18,26 @@ from glm45_jax.train.parallel import Pmap, Recipe, make_trainer
 from glm45_jax.train.state import Train
 
 ROWS, T = 16, 24
-ONE, MESH, SPLIT = (
+ONE, MESH, SPLIT, LANES = (
     MeshShape(1, 1),
     MeshShape(data=2, fsdp=4),
     MeshShape(1, fsdp=2, expert=2, tensor=2),
+    MeshShape(1, fsdp=2, context=2, tensor=2),
 )
 
 NO_SKIPS = Guard(budget=0)  # the first step that is not finite ends the run
 
 
-def packed_batch(seed=0, rows=ROWS):
+def packed_batch(seed=0, rows=ROWS, length=T):
     """Rows of one to three documents and some padding, different in every row."""
     rng = np.random.default_rng(seed)
-    tokens, targets = rng.integers(0, 256, (2, rows, T)).astype(np.int32)
-    segments, positions = np.zeros((2, rows, T), np.int32)
-    mask = np.zeros((rows, T), np.float32)
+    tokens, targets = rng.integers(0, 256, (2, rows, length)).astype(np.int32)
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    mask = np.zeros((rows, length), np.float32)
     for row in range(rows):
         start = 0
         for document in range(rng.integers(1, 4)):
-            stop = min(start + rng.integers(2, 9), T)
+            stop = min(start + rng.integers(2, 9), length)
             segments[row, start:stop] = document + 1
             positions[row, start:stop] = np.arange(stop - start)
             mask[row, start : stop - 1] = 1
@@ -59,7 +62,10 @@ def trainer(where=ONE, micro_rows=None, rows=ROWS, steps=6, mtp_weight=0.3, guar
         ),
         packed=True,
     )
-    return make_trainer(where, recipe, devices=jax.devices()[:1] if where == ONE else None)
+    if isinstance(where, Pmap):
+        return make_trainer(where, recipe)
+    devices = jax.devices()[: math.prod(dataclasses.astuple(where))]
+    return make_trainer(where, recipe, devices=devices)
 
 
 @pytest.fixture
@@ -67,4 +73,4 @@ def batch():
     return packed_batch()
 
 
-__all__ = ["MESH", "ONE", "SPLIT", "Pmap", "packed_batch", "trainer"]
+__all__ = ["LANES", "MESH", "ONE", "SPLIT", "Pmap", "packed_batch", "trainer"]

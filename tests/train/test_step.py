@@ -16,7 +16,7 @@ from glm45_jax.data.types import Batch
 from glm45_jax.model import config, transformer
 from glm45_jax.train.loss import Weights
 from glm45_jax.train.step import gradients, move_bias
-from tests.train.common import MESH, ONE, SPLIT, Pmap, packed_batch, trainer
+from tests.train.common import LANES, MESH, ONE, SPLIT, Pmap, packed_batch, trainer
 
 WAYS = {
     "pmap": (Pmap(), None),
@@ -25,6 +25,7 @@ WAYS = {
     "micro-batches": (ONE, 4),
     "mesh and micro-batches": (MESH, 8),
 }
+SPLIT_ROWS = "mesh with rows split over devices"
 
 
 @contextlib.contextmanager
@@ -42,7 +43,7 @@ def compilations():
 
 @functools.cache
 def after_two_steps(way):
-    where, micro_rows = (ONE, None) if way == "single" else WAYS[way]
+    where, micro_rows = {"single": (ONE, None), SPLIT_ROWS: (LANES, 8), **WAYS}[way]
     run = trainer(where, micro_rows)
     state = run.init(jax.random.key(0))
     state, first = run.step(state, packed_batch(0))
@@ -53,11 +54,12 @@ def after_two_steps(way):
     return jax.device_get(run.save_view(state)), outs, nll, len(compiled)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, pytest.param(SPLIT_ROWS, marks=pytest.mark.slow)])
 def test_devices_and_micro_batches_change_nothing(way):
     state, outs, nll, _ = after_two_steps(way)
     alone, alone_outs, alone_nll, _ = after_two_steps("single")
     for out, expected in zip(outs, alone_outs, strict=True):
+        assert out.scalars["spilled"] == 0  # on CPU weights travel, and rows stay
         np.testing.assert_array_equal(out.load_LE, expected.load_LE)
         np.testing.assert_array_equal(out.bias_LE, expected.bias_LE)
         for name in expected.scalars:

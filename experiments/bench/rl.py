@@ -1,0 +1,274 @@
+"""Time of a synchronous RL batch by phase, beside its floor, on whatever device is here.
+
+The floor is what the two halves need by themselves, measured in the same run: the tokens of the
+batch drawn by the bare engine (the same prompts and lengths, without episodes, worlds, ledger and
+pushes), and its tokens at the rate of the train step on full rows. All else is overhead: scoring by
+the trainer, packing and its padding, the ledger, the push, the loop. The target is 15%. Scoring is
+a part of the method, so the overhead without it is told too.
+
+Weights are random, the world asks for an even number of characters. Nothing is read but a tokenizer
+that is made here; needs neither grain nor seqio, JetStream or Ray.
+
+    python -m experiments.bench.rl [--batches 12] [--write]
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.bench.results import device_name, merge_result
+from glm45_jax.envs.types import Env, Message, Part, Task
+from glm45_jax.metrics import Row, read_jsonl
+from glm45_jax.model import config
+from glm45_jax.model.config import ModelConfig
+from glm45_jax.optim.mixed import AdamW
+from glm45_jax.optim.schedules import Constant
+from glm45_jax.rl import run as rl_run
+from glm45_jax.rl.config import Evaluation, Rl, Serving, Split
+from glm45_jax.rl.lengths import answer_tokens
+from glm45_jax.rl.report import PHASES
+from glm45_jax.rl.trajectory import Trajectory
+from glm45_jax.rl.update import Update
+from glm45_jax.rl.workers import Done, Workers
+from glm45_jax.rollout.driver import Driver
+from glm45_jax.rollout.sampling import Sampling
+from glm45_jax.sharding import Rules
+from glm45_jax.tokenizer import Tokenizer, train_bpe
+from glm45_jax.train.parallel import Pmap, Recipe, make_trainer
+from glm45_jax.train.state import Train
+
+WARM = 3  # batches that compile and are not counted
+REPLAYED = 3  # batches that the bare engine draws again
+TOKENIZER_IDS = 256 + 36
+TARGET = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What the loop asks of its data: the length of a row. `Experiment` would bring grain."""
+
+    seq_len: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One timed run; fields as in `Experiment`."""
+
+    name: str
+    model: ModelConfig
+    data: Rows
+    train: Train
+    rl: Rl
+    optim: AdamW = AdamW(lr=1e-6, schedule=Constant())
+    mesh: Pmap = Pmap(1)
+    rules: Rules = Rules()
+    seed: int = 0
+
+
+def even(task: Task, messages: Sequence[Message]) -> float:
+    """1 for an answer of an even number of characters, as half of the random ones are."""
+    del task
+    return float(len(messages[-1].get("content") or "") % 2 == 0)
+
+
+def counting(number: int) -> Task:
+    """Numbers in a row; the prompts are as long as they are asked to be."""
+    words = " ".join(str(number + i) for i in range(PROMPT_WORDS[jax.default_backend()]))
+    return Task(f"counting/{number}", words, number)
+
+
+PROMPT_WORDS = {"cpu": 4, "gpu": 64, "tpu": 64}
+
+
+def world() -> Env:
+    """Random answers get different rewards there, so every group trains."""
+    return Env("counting", counting, (Part("even", even),))
+
+
+def case_of(backend: str, batches: int) -> Case:
+    """Tiny on a CPU; mini, 64 prompts x 8 samples of up to 512 tokens, on an accelerator."""
+    cpu = backend == "cpu"
+    none, rows = Constant(0.0), 16 if cpu else 32
+    seq_len = 256 if cpu else 8192 if backend == "tpu" else 16_384
+    return Case(
+        name="bench_rl",
+        model=config.tiny(vocab=512) if cpu else config.mini(),
+        data=Rows(seq_len),
+        train=Train(steps=batches, rows=rows, mtp_weight=none, bias_rate=none),
+        rl=Rl(
+            world=world,
+            update=Update(micro_rows=None if cpu else 4),
+            groups=8 if cpu else 64,
+            samples=8,
+            sampling=Sampling(max_tokens=32 if cpu else 512),
+            serving=Serving(slots=32, pages=512, page=8, max_tokens=128, buckets=(32,))
+            if cpu
+            else Serving(slots=256, pages=4096, page=64, max_tokens=1024, buckets=(256, 512)),
+            split=Split(first=0),
+            evaluation=Evaluation(tasks=0),
+            dynamic=False,
+            thinking=False,
+        ),
+    )
+
+
+class Kept:
+    """Workers that keep what they gave."""
+
+    def __init__(self, workers: Workers, given: list[Trajectory]) -> None:
+        self._workers, self._given = workers, given
+        self.start, self.push, self.abort = workers.start, workers.push, workers.abort
+        self.counts, self.close = workers.counts, workers.close
+
+    @property
+    def running(self) -> int:
+        """As `Workers`."""
+        return self._workers.running
+
+    def poll(self) -> list[Done]:
+        """As `Workers`."""
+        done = self._workers.poll()
+        self._given += [one for _, one in done]
+        return done
+
+
+def timed_run(
+    case: Case, tokenizer: Tokenizer, folder: pathlib.Path
+) -> tuple[list[Row], list[Trajectory], Any]:
+    """(rows of the metrics, all trajectories in the order in which they ended, the weights)."""
+    updater, given = rl_run.updater_of(case), list[Trajectory]()
+    state, outcome = rl_run.run(
+        case,
+        folder,
+        tokenizer=tokenizer,
+        updater=updater,
+        initial=lambda trainer: trainer.init(jax.random.key(case.seed)),
+        through=lambda workers: Kept(workers, given),
+    )
+    if state is None or outcome.why != "done":
+        raise RuntimeError(f"the run ended after {outcome.step} batches: {outcome.why}")
+    return read_jsonl(folder / "metrics.jsonl"), given, updater.params(state)
+
+
+def bare_engine(case: Case, params: Any, given: Sequence[Trajectory]) -> float:
+    """Tokens a second of the engine alone: the last batches again, each at once."""
+    served, size = case.rl.serving, case.rl.groups * case.rl.samples
+    driver = Driver(
+        served.engine(case.model, routes=False),
+        params,
+        prefill_tokens=served.prefill_tokens,
+        reuse=served.reuse,
+    )
+    rates = []
+    for batch in range(REPLAYED + 1):
+        inside = given[len(given) - (batch + 1) * size :][:size]
+        inside = sorted(inside, key=lambda one: one.group)
+        began, tokens = time.perf_counter(), 0
+        for seed, one in enumerate(inside):
+            n, first = answer_tokens(one), int(np.argmax(one.sampled_T))
+            driver.submit(one.tokens_T[:first].tolist(), Sampling(max_tokens=n, seed=seed))
+            tokens += n
+        driver.run()
+        rates.append(tokens / (time.perf_counter() - began))
+    return statistics.median(rates[1:])  # the first one warms up
+
+
+def train_rate(case: Case) -> float:
+    """Tokens a second of the pretraining step on full rows of the same length and number."""
+    from experiments.bench.train_step import Case as Step
+    from experiments.bench.train_step import random_batch
+
+    rows, seq_len = case.train.rows, case.data.seq_len
+    recipe = Recipe(
+        dataclasses.replace(case.model, n_mtp=0),
+        case.optim,
+        dataclasses.replace(case.train, micro_rows=case.rl.update.micro_rows),
+        packed=True,
+    )
+    trainer = make_trainer(case.mesh, recipe)
+    state = trainer.init(jax.random.key(0))
+    batch = random_batch(Step(rows, seq_len, 1, "float32"), case.model.vocab)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        state, out = trainer.step(state, batch)
+        float(out.scalars["loss"])
+        times.append(time.perf_counter() - began)
+    return rows * seq_len / statistics.median(times[2:])
+
+
+def against_floor(rows: Sequence[Row], drawn_per_s: float, trained_per_s: float) -> dict[str, Any]:
+    """Medians over the batches after `WARM`, their floor, and what is over it as a share of it."""
+    late = [row.scalars for row in rows if row.step > WARM]
+
+    def median(name: str) -> float:
+        return statistics.median(one.get(name, 0.0) for one in late)
+
+    whole = median("seconds")
+    phases = {name: round(median(f"seconds/{name}"), 4) for name in PHASES}
+    drawn, trained = median("rollout/tokens"), median("tokens/trained")
+    floor = {"rollout": drawn / drawn_per_s, "train": trained / trained_per_s}
+    least = sum(floor.values())
+    return {
+        "batches": len(late),
+        "seconds": round(whole, 4),
+        "phases": phases,
+        "tokens": {"drawn": drawn, "trained": trained},
+        "rates": {"engine": round(drawn_per_s), "train_step": round(trained_per_s)},
+        "floor": {name: round(x, 4) for name, x in floor.items()} | {"sum": round(least, 4)},
+        "overhead_percent": round(100 * (whole / least - 1), 1),
+        "overhead_percent_beside_scoring": round(
+            100 * ((whole - median("seconds/score")) / least - 1), 1
+        ),
+        "target_percent": 100 * TARGET,
+    }
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """The result as people read it."""
+    lines = [f"{'phase':<10}{'seconds':>9}{'floor':>9}"]
+    for name, seconds in found["phases"].items():
+        floor = found["floor"].get(name)
+        lines.append(f"{name:<10}{seconds:>9.3f}" + (f"{floor:>9.3f}" if floor else ""))
+    lines.append(f"{'whole':<10}{found['seconds']:>9.3f}{found['floor']['sum']:>9.3f}")
+    lines.append(
+        f"over the floor: {found['overhead_percent']}% (target {found['target_percent']:g}%), "
+        f"{found['overhead_percent_beside_scoring']}% beside scoring"
+    )
+    return "\n".join(lines)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """What `against_floor` says of a run in a scratch folder."""
+    tokenizer = train_bpe(["a few words"], TOKENIZER_IDS)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, given, params = timed_run(case, tokenizer, pathlib.Path(folder))
+    engine = bare_engine(case, params, given)
+    return against_floor(rows, engine, train_rate(case))
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", type=int, default=12)
+    parser.add_argument("--write", action="store_true", help="into the result file")
+    args = parser.parse_args()
+    if args.batches < WARM + REPLAYED + 1:
+        raise SystemExit(f"--batches {args.batches}: at least {WARM + REPLAYED + 1}")
+    found = measure(case_of(jax.default_backend(), args.batches))
+    print(text(found))
+    if args.write:
+        command = f"python -m experiments.bench.rl --batches {args.batches} --write"
+        print(merge_result(device_name(), "rl", {"command": command, **found}))
+
+
+if __name__ == "__main__":
+    main()

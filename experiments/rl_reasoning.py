@@ -153,7 +153,7 @@ def tiny() -> Experiment:
 
 
 def tiny_ray() -> Experiment:
-    """`tiny` with two engines and two processes of worlds by Ray: for launch/ray.sh, or one host."""
+    """`tiny` with two engines and two processes of worlds by Ray: launch/ray.sh, or by itself."""
     exp = tiny()
     assert exp.rl is not None
     where = Ray(engines=2, worlds=2, store_bytes=2**28)

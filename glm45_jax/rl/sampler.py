@@ -147,7 +147,7 @@ class Sampler:
 
         Raises: StarvedError.
         """
-        spent, groups = 0, self._rl.groups
+        spent, failed, groups = 0, 0, self._rl.groups
         while (taken := self.pool.take(batch)) is None:
             ready = self.pool.counts()["ready"]
             self._fill(batch)
@@ -159,6 +159,12 @@ class Sampler:
                     return None
                 ready += ended.count("ready")
                 spent += ended.count("dropped")
+                failed += ended.count("failed")
+                if failed > self._rl.most_dropped * groups:
+                    raise StarvedError(
+                        f"batch {batch}: {failed} groups failed for {groups}; the world or the "
+                        "engine breaks on them, its errors are in the log"
+                    )
                 if spent > self._rl.most_dropped * groups:
                     raise StarvedError(
                         f"batch {batch}: {spent} groups were dropped for {groups}; use other "

@@ -51,6 +51,14 @@ def broken(task, messages):
     return parity(task, messages)
 
 
+def dead(task, messages):
+    raise OSError("the world is gone")
+
+
+def dead_world():
+    return Env("parity", task, (Part("even", dead),))
+
+
 def broken_world():
     return Env("parity", task, (Part("even", broken),))
 

@@ -197,6 +197,15 @@ def test_a_world_that_breaks_on_some_tasks_costs_these_tasks_alone(tmp_path, bat
     assert all(int(one.task_id.split("/")[1]) % 3 for _, taken in batches for one in taken)
 
 
+def test_a_world_that_breaks_on_every_task_ends_the_run(tmp_path):
+    nothing = dataclasses.replace(RL.evaluation, tasks=0)
+    rl = dataclasses.replace(
+        RL, world=loop_run.dead_world, most_dropped=2, evaluation=nothing, split=Split(first=0)
+    )
+    _, outcome, _ = start(experiment(tmp_path, rl=rl), tmp_path / "w")
+    assert (outcome.step, outcome.why) == (0, "starved") and "failed" in outcome.said
+
+
 def test_a_signal_ends_the_run_after_its_step_and_it_goes_on_later(tmp_path, monkeypatch):
     before = loop._write
 

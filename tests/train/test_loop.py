@@ -17,7 +17,7 @@ from glm45_jax.data.store import open_store, write_store
 from glm45_jax.metrics import Jsonl, read_jsonl
 from glm45_jax.sharding import MeshShape
 from glm45_jax.train.loop import Validate, resume, run_steps
-from tests.train.common import MESH, ONE, Pmap, packed_batch, trainer
+from tests.train.common import LANES, MESH, ONE, Pmap, packed_batch, trainer
 
 TRAIN_STEPS, ROWS, T = 6, 16, 24
 
@@ -118,11 +118,14 @@ def test_a_run_goes_on_under_pmap_after_a_mesh_and_back(tmp_path, loader):
         )  # Muon turns float32 rounding into directions
 
 
+# On 2 and 4 CPU devices the steps split rows more than weights: with fsdp alone Muon's collectives
+# wait for those of the forward pass for ever, now and then (docs/adr/0011).
 FEWER = [
     pytest.param(ONE, id="1 device"),
-    pytest.param(MeshShape(1, fsdp=2), id="2 devices", marks=pytest.mark.slow),
-    pytest.param(MeshShape(1, fsdp=2, tensor=2), id="4 devices", marks=pytest.mark.slow),
+    pytest.param(MeshShape(data=2, fsdp=1), id="2 devices", marks=pytest.mark.slow),
+    pytest.param(MeshShape(data=2, fsdp=2), id="4 devices", marks=pytest.mark.slow),
 ]
+SMALLER = (ONE, MeshShape(1, fsdp=2), MeshShape(1, fsdp=4), MeshShape(1, fsdp=2, tensor=2), LANES)
 
 
 @pytest.fixture(scope="module")
@@ -134,22 +137,30 @@ def eight_devices(tmp_path_factory, loader):
     return state, losses(whole), cut
 
 
-@pytest.mark.parametrize("where", FEWER)
-def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(tmp_path, loader, eight_devices, where):
-    saved, expected, cut = eight_devices
-    fewer = trainer(where)
-    shutil.copytree(cut, tmp_path / "fewer")
-    with Checkpoints(tmp_path / "fewer" / "checkpoints") as checkpoints:
-        restored, _, step = resume(fewer, checkpoints)
+@pytest.mark.parametrize("where", SMALLER, ids=str)
+def test_a_checkpoint_of_eight_devices_is_the_same_state_on_others(eight_devices, where):
+    saved, _, cut = eight_devices
+    other = trainer(where)
+    with Checkpoints(cut / "checkpoints") as checkpoints:
+        restored, _, step = resume(other, checkpoints)
     assert step == 2
-    same_bits(jax.device_get(fewer.save_view(restored)), saved)
-    run(tmp_path / "fewer", loader, fewer)
-    # Muon turns float32 rounding into directions; without the restored state the loss is elsewhere.
+    same_bits(jax.device_get(other.save_view(restored)), saved)
+    for leaf, expected in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(other.abstract), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("where", FEWER)
+def test_a_run_of_eight_devices_goes_on_with_fewer(tmp_path, loader, eight_devices, where):
+    _, expected, cut = eight_devices
+    shutil.copytree(cut, tmp_path / "fewer")
+    run(tmp_path / "fewer", loader, trainer(where))
     found = losses(tmp_path / "fewer")
     assert [step for step, *_ in found] == [step for step, *_ in expected]
     np.testing.assert_allclose(
         [loss for _, loss, _ in found], [loss for _, loss, _ in expected], rtol=2e-4
-    )
+    )  # Muon turns float32 rounding into directions
 
 
 def test_a_run_stops_before_the_step_that_is_not_finite_and_keeps_its_batch(tmp_path, loader):

@@ -26,12 +26,13 @@ import numpy as np
 
 from experiments import rl_reasoning
 from experiments.bench.results import cpu_name, merge_result
+from glm45_jax.envs.scores import Score
 from glm45_jax.experiment import Experiment, FromRun, run_training
 from glm45_jax.metrics import read_jsonl
 from glm45_jax.rl import run as rl_run
 from glm45_jax.rl.config import Async
 from glm45_jax.rl.correction import Tis
-from glm45_jax.rl.sampler import HELD_OUT, Sampler, Score
+from glm45_jax.rl.sampler import HELD_OUT, Sampler
 from glm45_jax.rl.update import Update
 from glm45_jax.rl.workers import Done, Workers
 from glm45_jax.start import initial
@@ -174,8 +175,8 @@ def score(exp: Experiment, folder: pathlib.Path, params: Any) -> dict[str, list[
         sampler = Sampler(pool, workers, rl_run.prompts_of(plain, pool), rl, seed=0)
         for name, samples, temperature in (("sampled", SAMPLES, 1.0), ("greedy", 1, 0.0)):
             sampling = dataclasses.replace(rl.sampling, temperature=temperature)
-            one = Score.of(sampler.held_out(range(TASKS), samples, sampling))
-            found[name] = [one.mean, one.half]
+            one = Score.of(sampler.held_out(range(TASKS), samples, sampling).mean(axis=1))
+            found[name] = [one.value, one.half]
     return found
 
 

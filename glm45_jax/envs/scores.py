@@ -1,6 +1,46 @@
-"""Shares of passed tries: what curricula and evaluations reckon with. No jax."""
+"""Scores and shares of passed tries: what curricula and evaluations reckon with. No jax.
 
+Letters: `C` tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
 import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A mean over tasks. stderr: its standard error, from the spread over tasks; infinite of one
+    task. n: tasks.
+    """
+
+    value: float
+    stderr: float
+    n: int
+
+    @staticmethod
+    def of(value_C: np.ndarray) -> Score:
+        """Of one number a task. Raises: ValueError for none."""
+        if not len(value_C):
+            raise ValueError("a score of 0 tasks; give at least 1")
+        error = value_C.std(ddof=1) / np.sqrt(len(value_C)) if len(value_C) > 1 else np.inf
+        return Score(float(value_C.mean()), float(error), len(value_C))
+
+    @property
+    def half(self) -> float:
+        """Half of the 95% interval, by the normal approximation."""
+        return 1.96 * self.stderr
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95%; it may reach over what a score can be."""
+        return self.value - self.half, self.value + self.half
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ± {self.half:.4f} ({self.n} tasks)"
 
 
 def pass_at_k(tries: int, passes: int, k: int) -> float:

@@ -1,4 +1,4 @@
-"""What is asked of a model, and what a score is: `EvalTask`, `Score`. No jax.
+"""What is asked of a model: `EvalTask`. No jax; `Score` is that of `envs/scores.py`.
 
 Letters: `C` tasks, `J` samples of a task.
 """
@@ -10,42 +10,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from glm45_jax.envs.scores import pass_at_k
+from glm45_jax.envs.scores import Score, pass_at_k
 from glm45_jax.envs.types import Env
 from glm45_jax.rollout.sampling import Sampling
+
+__all__ = ["PUBLISHED", "EvalTask", "PassAt", "Reduce", "Score", "mean"]
 
 # Rewards of all samples, [C, J], to one number a task, [C].
 Reduce = Callable[[np.ndarray], np.ndarray]
 
 # The publisher's evaluation tool (spec 9).
 PUBLISHED = Sampling(temperature=0.6, top_p=0.95, max_tokens=81_920)
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """A mean over tasks. stderr: its standard error, from the spread over tasks; infinite of one
-    task. n: tasks.
-    """
-
-    value: float
-    stderr: float
-    n: int
-
-    @staticmethod
-    def of(value_C: np.ndarray) -> Score:
-        """Of one number a task. Raises: ValueError for none."""
-        if not len(value_C):
-            raise ValueError("a score of 0 tasks; give at least 1")
-        error = value_C.std(ddof=1) / np.sqrt(len(value_C)) if len(value_C) > 1 else np.inf
-        return Score(float(value_C.mean()), float(error), len(value_C))
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95%, by the normal approximation; it may reach over what a score can be."""
-        return self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} ± {1.96 * self.stderr:.4f} ({self.n} tasks)"
 
 
 def mean(reward_CJ: np.ndarray) -> np.ndarray:

@@ -19,11 +19,12 @@ import jax
 import numpy as np
 
 from glm45_jax.checkpoint import Checkpoints
+from glm45_jax.envs.scores import Score
 from glm45_jax.rl import alarms
 from glm45_jax.rl.batch import Chosen, RlBatch, choose, pack
 from glm45_jax.rl.config import Rl, Sync
 from glm45_jax.rl.lengths import lengths
-from glm45_jax.rl.sampler import Sampler, Score, StarvedError
+from glm45_jax.rl.sampler import Sampler, StarvedError
 from glm45_jax.rl.temperature import Phase, due, observe, settle
 from glm45_jax.rl.trajectory import Trajectory
 from glm45_jax.rl.update import Updater
@@ -191,14 +192,14 @@ def evaluate(run: Run) -> dict[str, float]:
     ):
         if samples and asked.tasks:
             score = _held_out(run, samples, temperature)
-            found |= {f"eval/{name}": score.mean, f"eval/{name}_half": score.half}
+            found |= {f"eval/{name}": score.value, f"eval/{name}_half": score.half}
     return found
 
 
 def _held_out(run: Run, samples: int, temperature: float) -> Score:
     sampling = dataclasses.replace(run.rl.sampling, temperature=temperature)
     numbers = range(run.rl.evaluation.tasks)
-    return Score.of(run.sampler.held_out(numbers, samples, sampling))
+    return Score.of(run.sampler.held_out(numbers, samples, sampling).mean(axis=1))
 
 
 def _evaluate_at_start(run: Run, start: int) -> None:

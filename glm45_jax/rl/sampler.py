@@ -99,25 +99,6 @@ class Graded:
         return self.curriculum.scalars()
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """Rewards of held-out tasks. mean: of the tasks' means; half: of its 95% interval, from the
-    spread over tasks (normal approximation).
-    """
-
-    mean: float
-    half: float
-    tasks: int
-    samples: int
-
-    @staticmethod
-    def of(reward_CJ: np.ndarray) -> Score:
-        """Of rewards, one row a task."""
-        mean_C = reward_CJ.mean(axis=1)
-        error = mean_C.std(ddof=1) / np.sqrt(len(mean_C)) if len(mean_C) > 1 else np.inf
-        return Score(float(mean_C.mean()), float(1.96 * error), *reward_CJ.shape)
-
-
 class Sampler:
     """Leases, jobs and the pool of one run. One thread at a time.
 

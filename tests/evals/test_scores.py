@@ -16,7 +16,7 @@ def test_a_score_is_a_mean_over_tasks_with_its_standard_error():
     assert math.isclose(score.stderr, math.sqrt(1 / 3) / 2)
     assert score.interval == (0.5 - 1.96 * score.stderr, 0.5 + 1.96 * score.stderr)
     assert str(score) == f"0.5000 ± {1.96 * score.stderr:.4f} (4 tasks)"
-    assert Score.of(np.ones(1)).stderr == math.inf
+    assert Score.of(np.ones(1)).stderr == Score.of(np.ones(1)).half == math.inf
     with pytest.raises(ValueError, match="0 tasks"):
         Score.of(np.ones(0))
 

@@ -341,12 +341,6 @@ def test_in_order_every_task_comes_once_before_any_comes_twice(tmp_path):
     assert len({lease.prompt.key for lease in leases}) == 16
 
 
-def test_an_interval_is_of_the_tasks_means():
-    score = sampler.Score.of(np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
-    assert score.mean == pytest.approx(0.5) and score.half == pytest.approx(1.96 * 0.5 / 3**0.5)
-    assert sampler.Score.of(np.array([[1.0]])).half == np.inf
-
-
 def test_canaries_tell_of_a_world_that_pays_wrong_answers_and_change_nothing_else(tmp_path):
     """Parity looks at no answer, so canaries pass as often as honest tasks."""
     plain = dataclasses.replace(RL, evaluation=Evaluation(tasks=3, every=1))

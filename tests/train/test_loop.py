@@ -118,8 +118,8 @@ def test_a_run_goes_on_under_pmap_after_a_mesh_and_back(tmp_path, loader):
         )  # Muon turns float32 rounding into directions
 
 
-# On 2 and 4 CPU devices the steps split rows more than weights: with fsdp alone Muon's collectives
-# wait for those of the forward pass for ever, now and then (docs/adr/0011).
+# Not fsdp alone on two CPU devices: there an all-reduce and an all-to-all of the step waited for
+# each other in three runs of four, and XLA aborts (docs/adr/0011).
 FEWER = [
     pytest.param(ONE, id="1 device"),
     pytest.param(MeshShape(data=2, fsdp=1), id="2 devices", marks=pytest.mark.slow),

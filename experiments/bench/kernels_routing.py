@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.kernels import copy_gbs, of_jax, race
+from experiments.bench.kernels import Contender, copy_gbs, of_jax, race
 from experiments.bench.results import device_name, merge_result
 from glm45_jax.kernels import routing
 
@@ -46,7 +46,7 @@ def routing_rows(tokens: int, experts: int) -> list[dict[str, Any]]:
         impl.name: functools.partial(route_step, impl.name, bias) for impl in routing.IMPLS
     }
     steps["top_k alone"] = lambda x: x + 1e-9 * jax.lax.top_k(x, TOP_K)[1][:1, :1]
-    contenders = {
+    contenders: dict[str, Callable[[], Contender]] = {
         name: functools.partial(of_jax, looped(step), logits) for name, step in steps.items()
     }
     want = routing.route(logits, bias, top_k=TOP_K, impl="reference")

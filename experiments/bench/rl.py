@@ -14,6 +14,8 @@ that is made here; needs neither grain nor seqio, JetStream or Ray.
 
 import argparse
 import dataclasses
+import functools
+import math
 import pathlib
 import statistics
 import tempfile
@@ -96,16 +98,15 @@ def world() -> Env:
 def case_of(backend: str, batches: int) -> Case:
     """Tiny on a CPU; mini, 64 prompts x 8 samples of up to 512 tokens, on an accelerator."""
     cpu = backend == "cpu"
-    none, rows = Constant(0.0), 16 if cpu else 32
-    seq_len = 256 if cpu else 8192 if backend == "tpu" else 16_384
+    none, rows = Constant(0.0), 16 if cpu else 8
     return Case(
         name="bench_rl",
         model=config.tiny(vocab=512) if cpu else config.mini(),
-        data=Rows(seq_len),
+        data=Rows(256 if cpu else 4096),
         train=Train(steps=batches, rows=rows, mtp_weight=none, bias_rate=none),
         rl=Rl(
             world=world,
-            update=Update(micro_rows=None if cpu else 4),
+            update=Update(micro_rows=None if cpu else rows),
             groups=8 if cpu else 64,
             samples=8,
             sampling=Sampling(max_tokens=32 if cpu else 512),
@@ -114,6 +115,7 @@ def case_of(backend: str, batches: int) -> Case:
             else Serving(slots=256, pages=4096, page=64, max_tokens=1024, buckets=(256, 512)),
             split=Split(first=0),
             evaluation=Evaluation(tasks=0),
+            most_mismatch=None,  # random weights in bfloat16; compared all the same
             dynamic=False,
             thinking=False,
         ),
@@ -181,16 +183,17 @@ def bare_engine(case: Case, params: Any, given: Sequence[Trajectory]) -> float:
     return statistics.median(rates[1:])  # the first one warms up
 
 
-def train_rate(case: Case) -> float:
-    """Tokens a second of the pretraining step on full rows of the same length and number."""
+def train_rate(case: Case, tokens: float) -> float:
+    """Tokens a second of the pretraining step on full rows: as many as hold `tokens`."""
     from experiments.bench.train_step import Case as Step
     from experiments.bench.train_step import random_batch
 
-    rows, seq_len = case.train.rows, case.data.seq_len
+    seq_len, micro = case.data.seq_len, case.rl.update.micro_rows
+    rows = math.ceil(tokens / seq_len / (micro or 1)) * (micro or 1)
     recipe = Recipe(
         dataclasses.replace(case.model, n_mtp=0),
         case.optim,
-        dataclasses.replace(case.train, micro_rows=case.rl.update.micro_rows),
+        dataclasses.replace(case.train, rows=rows, micro_rows=micro),
         packed=True,
     )
     trainer = make_trainer(case.mesh, recipe)
@@ -205,20 +208,21 @@ def train_rate(case: Case) -> float:
     return rows * seq_len / statistics.median(times[2:])
 
 
+def median_of(rows: Sequence[Row], name: str) -> float:
+    """Over the batches after `WARM`."""
+    return statistics.median(row.scalars.get(name, 0.0) for row in rows if row.step > WARM)
+
+
 def against_floor(rows: Sequence[Row], drawn_per_s: float, trained_per_s: float) -> dict[str, Any]:
     """Medians over the batches after `WARM`, their floor, and what is over it as a share of it."""
-    late = [row.scalars for row in rows if row.step > WARM]
-
-    def median(name: str) -> float:
-        return statistics.median(one.get(name, 0.0) for one in late)
-
+    median = functools.partial(median_of, rows)
     whole = median("seconds")
     phases = {name: round(median(f"seconds/{name}"), 4) for name in PHASES}
     drawn, trained = median("rollout/tokens"), median("tokens/trained")
     floor = {"rollout": drawn / drawn_per_s, "train": trained / trained_per_s}
     least = sum(floor.values())
     return {
-        "batches": len(late),
+        "batches": sum(row.step > WARM for row in rows),
         "seconds": round(whole, 4),
         "phases": phases,
         "tokens": {"drawn": drawn, "trained": trained},
@@ -252,7 +256,7 @@ def measure(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         rows, given, params = timed_run(case, tokenizer, pathlib.Path(folder))
     engine = bare_engine(case, params, given)
-    return against_floor(rows, engine, train_rate(case))
+    return against_floor(rows, engine, train_rate(case, median_of(rows, "tokens/trained")))
 
 
 def main() -> None:

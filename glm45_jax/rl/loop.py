@@ -173,7 +173,7 @@ def _look_at_temperature(run: Run, now: _Standing, reward: float) -> dict[str, f
     used = now.phase.temperature
     now.phase = observe(rl.temperature, now.phase, reward)
     if due(rl.temperature, now.phase):
-        score = {T: _held_out(run, rl.evaluation.samples, T).mean for T in rl.temperature.grid}
+        score = {T: _held_out(run, rl.evaluation.samples, T).value for T in rl.temperature.grid}
         now.phase = settle(rl.temperature, now.phase, score)
         log.info("temperature %g after %g; scores %s", now.phase.temperature, used, score)
     run.sampler.temperature = now.phase.temperature

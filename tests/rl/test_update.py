@@ -56,6 +56,7 @@ WAYS = {
     "pmap": (Pmap(), None),
     "mesh": (MeshShape(1, fsdp=2, expert=2, tensor=2), None),
     "pmap and micro-batches": (Pmap(), 8),
+    "rows over devices": (MeshShape(1, fsdp=2, context=2, tensor=2), None),
 }
 
 
@@ -111,7 +112,14 @@ def after_two_steps(way, optim=MUON):
     return jax.device_get(run.trainer.save_view(state)), outs, logp_BT
 
 
-@pytest.mark.parametrize("way,optim", [("mesh", MUON), ("pmap and micro-batches", ADAMW)])
+@pytest.mark.parametrize(
+    "way,optim",
+    [
+        ("mesh", MUON),
+        ("pmap and micro-batches", ADAMW),
+        pytest.param("rows over devices", MUON, marks=pytest.mark.slow),
+    ],
+)
 def test_pmap_mesh_one_device_and_micro_batches_take_the_same_steps(way, optim):
     state, outs, logp_BT = after_two_steps(way, optim)
     alone, alone_outs, alone_logp_BT = after_two_steps("one", optim)

@@ -86,16 +86,37 @@ STAGES = _stages()
 
 
 def glm45() -> Experiment:
-    """All five stages of GLM-4.5 on 512 accelerators; `pretrain:glm45` has the first two.
-
-    The rows of 128K are not split over devices yet: `--dry-run` says what they need.
+    """All five stages of GLM-4.5 on 512 accelerators; `pretrain:glm45` has the first two. The last
+    one does not fit there: `glm45_long` goes on in the same workdir.
     """
     return _full(pretrain.glm45(), "glm45_recipe", MeshShape(data=1, fsdp=64, expert=8))
 
 
 def glm45_air() -> Experiment:
-    """All five stages of GLM-4.5-Air on 256 accelerators."""
+    """All five stages of GLM-4.5-Air on 256 accelerators; `glm45_air_long` for the last one."""
     return _full(pretrain.glm45_air(), "glm45_air_recipe", MeshShape(data=1, fsdp=32, expert=8))
+
+
+def glm45_long() -> Experiment:
+    """`glm45` with rows split over 8 devices, which the experts share: for its stage of 128K, from
+    where `glm45` was stopped, in its workdir. h100:64x8, where a host holds a row.
+    """
+    return _split_rows(glm45())
+
+
+def glm45_air_long() -> Experiment:
+    """The same of `glm45_air`. h100:32x8."""
+    return _split_rows(glm45_air())
+
+
+def _split_rows(exp: Experiment) -> Experiment:
+    assert isinstance(exp.mesh, MeshShape)
+    return dataclasses.replace(
+        exp,
+        mesh=MeshShape(data=1, fsdp=exp.mesh.fsdp, context=exp.mesh.expert),
+        rules=dataclasses.replace(exp.rules, experts=("context",)),
+        train=dataclasses.replace(exp.train, micro_rows=exp.mesh.fsdp),
+    )
 
 
 def mini_recipe() -> Experiment:

@@ -16,6 +16,7 @@ from glm45_jax.data.pack import BestFit, Cut
 from glm45_jax.experiment import BadInput
 from glm45_jax.metrics import read_jsonl
 from glm45_jax.plan import table as dry_run
+from glm45_jax.start import check_claim, write_claim
 from glm45_jax.streamed import open_arrays
 from glm45_jax.train.parallel import Pmap
 from glm45_jax.train.stages import Stage, scaled, spans, total_steps
@@ -85,6 +86,16 @@ def test_the_dry_run_tells_every_stage_its_step_its_rate_and_its_memory():
     assert told["repositories"][1:6] == ["335,127", "22.00T", "32,768", "2,048", "1,000,000"]
     assert told["general"][-4:] == ["0", "to", "8.67e-05", told["general"][-1]]
     assert float(told["long_agent"][-1]) > 80  # needs rows split over devices: no H100 holds it
+
+
+@pytest.mark.parametrize("name", ["glm45", "glm45_air"])
+def test_the_stage_of_128k_goes_on_in_its_workdir_with_rows_split_over_devices(name, tmp_path):
+    whole, long = (getattr(midtrain, f"{name}{end}")() for end in ("", "_long"))
+    assert whole.devices() == long.devices()
+    write_claim(whole, tmp_path)
+    check_claim(long, tmp_path)
+    needs = {line.split()[0]: float(line.split()[-1]) for line in dry_run(long).splitlines()[-5:]}
+    assert needs["long_agent"] < 71  # GiB: an H100 holds it
 
 
 def test_spans_tile_steps_and_tokens():

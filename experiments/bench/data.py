@@ -125,8 +125,8 @@ def readers(prepared: Prepared, folder: Path, batch_tokens: int) -> Generator[di
 
     inline, dtype = loader(cut), store.chunks.dtype
     iterators: dict[str, Any] = {
-        "loader": loader(cut).iterate(),  # two threads
-        "loader, 1 thread": loader(cut).iterate(threads=1),
+        "loader": loader(cut).iterate(),  # one thread
+        "loader, 2 threads": loader(cut).iterate(threads=2),
         "loader, 2 processes": loader(cut).iterate(processes=2),
         "loader over ArrayRecord": loader(peers.RecordRows(records, dtype)).iterate(),
         "grain over ArrayRecord": peers.plain_grain(records, dtype, n_rows, 0),

@@ -195,7 +195,7 @@ def _accuracy_figure(scores: Scores) -> Any:
     for place, (name, color) in enumerate(((COLD, MUTED), (AFTER, GREEN))):
         modes = list(scores[name])
         means = [scores[name][mode].score.value for mode in modes]
-        halves = [1.96 * scores[name][mode].score.stderr for mode in modes]
+        halves = [scores[name][mode].score.half for mode in modes]
         at = [n + 0.38 * (place - 0.5) for n in range(len(modes))]
         label = "after RL" if name == AFTER else "after the cold start"
         axes.bar(at, means, 0.36, yerr=halves, capsize=4, color=color, label=label)

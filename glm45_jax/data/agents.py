@@ -20,8 +20,9 @@ from typing import Any
 
 from glm45_jax import chat
 from glm45_jax.data.decontaminate import Decontaminated, Overlap
-from glm45_jax.data.endpoint import Answers, Body, Decoding, Endpoint, Reply
+from glm45_jax.data.endpoint import Answers, Body, Decoding, Endpoint, Reply, json_lines
 from glm45_jax.data.sources import Doc, Source, counted, refuse_encoder
+from glm45_jax.data.synthetic import kept_once
 from glm45_jax.data.tools import Session, Tool, Toolbox, representatives
 
 log = logging.getLogger(__name__)
@@ -110,16 +111,10 @@ class ToolTasks:
                 if reply.failure:
                     counts[f"write_failed_{reply.failure}"] += 1
                     continue
-                lines = [line.strip() for line in reply.content.split("\n")]
-                lines = [line for line in lines if line.startswith("{")]
-                for at, line in enumerate(lines[: self.most]):
-                    task = self._task(number, at, line)
-                    if isinstance(task, Doc) and task.text in seen:
-                        task = "twice"
-                    if isinstance(task, str):
-                        counts[f"write_bad_{task}"] += 1
-                        continue
-                    seen.add(task.text)
+                tools = {tool.name: tool for tool in self._tools(number)}
+                lines = enumerate(json_lines(reply.content)[: self.most])
+                read = (self._task(number, at, line, tools) for at, line in lines)
+                for task in kept_once(read, seen, counts, "write_bad_"):
                     counts["write_tasks"] += 1
                     yield task
         return dict(counts)
@@ -134,9 +129,8 @@ class ToolTasks:
         prompt = prompt.replace("{level}", LEVELS[number % len(LEVELS)][1])
         return self.decoding.body([{"role": "user", "content": prompt}], number)
 
-    def _task(self, number: int, at: int, line: str) -> Doc | str:
-        """A task, or why a line is none."""
-        tools = {tool.name: tool for tool in self._tools(number)}
+    def _task(self, number: int, at: int, line: str, tools: dict[str, Tool]) -> Doc | str:
+        """A task, or why a line is none. tools: those that it was written for."""
         level = LEVELS[number % len(LEVELS)][0]
         try:
             fields = json.loads(line)

@@ -411,6 +411,11 @@ def read_reply(key: str, status: int, text: str) -> Reply:
     )
 
 
+def json_lines(content: str) -> list[str]:
+    """Lines of an answer that may be JSON objects, without the fences that models put around."""
+    return [line for each in content.split("\n") if (line := each.strip()).startswith("{")]
+
+
 def seconds_of(retry_after: str) -> float:
     """The wait that a header Retry-After asks for, in seconds or as a date; 0 where it is neither.
 

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple, Protocol
 
 from glm45_jax.data.decontaminate import Decontaminated, Overlap
-from glm45_jax.data.endpoint import Answers, Decoding, Endpoint, Reply
+from glm45_jax.data.endpoint import Answers, Decoding, Endpoint, Reply, json_lines
 from glm45_jax.data.maths import extract_of
 from glm45_jax.data.sources import Doc, Source, counted, refuse_encoder
 
@@ -176,14 +176,9 @@ class PageProblems:
                 if reply.failure:
                     counts[f"find_failed_{reply.failure}"] += 1
                     continue
-                for number, line in enumerate(_lines(reply.content)[: self.most]):
-                    found = self._problem(doc, line, number)
-                    if isinstance(found, Doc) and found.text in seen:
-                        found = "twice"
-                    if isinstance(found, str):
-                        counts[f"find_bad_{found}"] += 1
-                        continue
-                    seen.add(found.text)
+                lines = enumerate(json_lines(reply.content)[: self.most])
+                read = (self._problem(doc, line, number) for number, line in lines)
+                for found in kept_once(read, seen, counts, "find_bad_"):
                     counts["find_problems"] += 1
                     yield found
         return inner | counts
@@ -343,6 +338,22 @@ def synthetic(
     return Decontaminated(reasoned, evaluations, overlap)
 
 
+def kept_once(
+    found: Iterator[Doc | str], seen: set[str], counts: Counter[str], bad: str
+) -> Iterator[Doc]:
+    """The documents whose text was not there before; what is a reason, or stands twice, is counted
+    under bad + reason. seen: texts so far.
+    """
+    for one in found:
+        if isinstance(one, Doc) and one.text in seen:
+            one = "twice"
+        if isinstance(one, str):
+            counts[f"{bad}{one}"] += 1
+            continue
+        seen.add(one.text)
+        yield one
+
+
 def answer_in(solution: str) -> str | None:
     """What stands in the last <answer> ... </answer>, None where there is none."""
     found = re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL)
@@ -390,11 +401,6 @@ def _tally(counts: Counter[str], problem: Doc, said: list[_Said], kept: int) -> 
     counts.update({"synthetic_answers": len(said), f"{family}_answers": len(said)})
     counts.update({f"{family}_right": right})
     counts.update(f"synthetic_{one.verdict}" for one in said)
-
-
-def _lines(content: str) -> list[str]:
-    """Lines that may be JSON: without the fences that models put around them."""
-    return [line for each in content.split("\n") if (line := each.strip()).startswith("{")]
 
 
 def _number(word: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from jsonschema import Draft202012Validator, SchemaError
 
 from glm45_jax.data.embed import Lexical
-from glm45_jax.data.endpoint import Answers, Body, Decoding, Endpoint
+from glm45_jax.data.endpoint import Answers, Body, Decoding, Endpoint, json_lines
 from glm45_jax.data.semdedup import kmeans
 
 MOST_ARGUMENTS = 4000  # characters of a call's arguments, as JSON
@@ -228,6 +228,10 @@ class Functions:
         return f"python=={platform.python_version()}"
 
 
+# Raised over arguments that a function does not take; AttributeError: statistics of infinities.
+_REFUSALS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
 class _Calls:
     def __init__(self, functions: Mapping[str, Function]):
         self._functions = functions
@@ -237,7 +241,7 @@ class _Calls:
         values = [arguments[argument] for argument, _ in function.arguments]
         try:
             return shown(function.find()(*values))
-        except Exception as error:  # functions by many hands; what they raise is their answer
+        except _REFUSALS as error:
             return shown({"error": f"{type(error).__name__}: {error}"})
 
     def note(self, result: str) -> None:
@@ -322,8 +326,7 @@ def invented(
         bodies = (decoding.body([{"role": "user", "content": prompt}]) for prompt in prompts)
         for reply in asked.ask(bodies):
             counts["tools_failed"] += bool(reply.failure)
-            lines = [line for line in reply.content.split("\n") if line.strip().startswith("{")]
-            for line in lines[:most]:
+            for line in json_lines(reply.content)[:most]:
                 tool = _read_tool(line)
                 counts["tools_bad"] += tool is None
                 counts["tools_twice"] += tool is not None and tool.name in found

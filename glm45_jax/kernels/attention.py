@@ -151,24 +151,14 @@ def _each_device(flash, q_BTNH, k_BSKH, v_BSKH, segments_BT):
     )(*args)
 
 
-def _mosaic_supports(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    *,
-    segments_BT=None,
-    segments_BS=None,
-    positions_BT=None,
-    positions_BS=None,
-) -> str | None:
+def _mosaic_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
     """With segments, positions only say the order inside a document, which the index says too."""
     if why := not_hopper():
         return why
     dtypes = [str(x.dtype) for x in (q_BTNH, k_BSKH, v_BSKH)]
     if set(dtypes) != {"bfloat16"}:
         return f"mosaic takes bfloat16, not {dtypes}"
-    masks = (segments_BT, segments_BS, positions_BT, positions_BS)
-    if why := _not_by_index("mosaic", q_BTNH, k_BSKH, *masks):
+    if why := _not_by_index("mosaic", q_BTNH, k_BSKH, **masks):
         return why
     widths = (q_BTNH.shape[-1], v_BSKH.shape[-1])
     if widths not in ((64, 64), (128, 128)):
@@ -177,7 +167,14 @@ def _mosaic_supports(
 
 
 def _not_by_index(
-    name, q_BTNH, k_BSKH, segments_BT, segments_BS, positions_BT, positions_BS
+    name,
+    q_BTNH,
+    k_BSKH,
+    *,
+    segments_BT=None,
+    segments_BS=None,
+    positions_BT=None,
+    positions_BS=None,
 ) -> str | None:
     """Why a mask by the index in whole rows would be another mask."""
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
@@ -188,18 +185,8 @@ def _not_by_index(
     return None
 
 
-def _tiles_supports(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    *,
-    segments_BT=None,
-    segments_BS=None,
-    positions_BT=None,
-    positions_BS=None,
-) -> str | None:
-    masks = (segments_BT, segments_BS, positions_BT, positions_BS)
-    return _not_by_index("tiles", q_BTNH, k_BSKH, *masks)
+def _tiles_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
+    return _not_by_index("tiles", q_BTNH, k_BSKH, **masks)
 
 
 def _tiles_yields(q_BTNH, k_BSKH, v_BSKH, **_) -> str | None:

@@ -1,6 +1,8 @@
 """Laws of the tools of agents: what a model writes is an argument, bounded in time and size."""
 
+import itertools
 import json
+import math
 import time
 
 import pytest
@@ -67,6 +69,24 @@ def test_every_function_of_the_library_answers_small_and_large_arguments_at_once
         result = session.call(tool.name, arguments)
         assert time.monotonic() - began < 0.5 and len(result) < MOST_RESULT + 50
         assert (result, "") == (session.call(tool.name, arguments), session.state())
+
+
+ODD = {  # what JSON and the schema let through
+    "string": ["", "\0", "'", "%zz", "http://[", "\ud800"],
+    "integer": [0, -1, 10**400],
+    "number": [0.0, math.inf, -math.inf, math.nan, 10**400],
+    "array of number": [[], [math.inf], [math.nan, 1], [math.inf, -math.inf], [10**400, 1.5]],
+    "array of string": [[], [""]],
+}
+
+
+@pytest.mark.parametrize("function", LIBRARY, ids=lambda f: f.path)
+def test_no_argument_that_fits_the_schema_ends_a_run(function):
+    names, kinds = zip(*function.arguments, strict=True)
+    for values in itertools.product(*(ODD[kind] for kind in kinds)):
+        arguments = dict(zip(names, values, strict=True))
+        assert not function.tool().wrong(arguments)
+        assert Functions().open().call(function.tool().name, arguments)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))

@@ -18,7 +18,7 @@ import jax
 import pytest
 
 from glm45_jax.envs.types import Env, Part
-from glm45_jax.rl import cluster, loop
+from glm45_jax.rl import cluster
 from glm45_jax.rl.config import Async, Here, Ray
 from glm45_jax.rl.sampler import HELD_OUT
 from tests.rl import loop_run
@@ -76,20 +76,6 @@ def listening():
         for line in pathlib.Path(f"/proc/net/{name}").read_text().splitlines()[1:]
     ]
     return {x[1].split(":")[0] for x in lines if x[3] == "0A" and f"socket:[{x[9]}]" in sockets}
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """Batch and trajectories of everything that a run of a test trained on."""
-    found = []
-
-    def noted(run, now, taken, clock):
-        found.append((now.step, taken))
-        return before(run, now, taken, clock)
-
-    before = loop._train
-    monkeypatch.setattr(loop, "_train", noted)
-    return found
 
 
 def rolled(batches):

@@ -26,20 +26,6 @@ from tests.rl.loop_run import RL, experiment, numbers, start
 
 
 @pytest.fixture
-def batches(monkeypatch):
-    """What every run of a test trained on."""
-    found = []
-
-    def noted(run, now, taken, clock):
-        found.append((now.step, taken))
-        return before(run, now, taken, clock)
-
-    before = loop._train
-    monkeypatch.setattr(loop, "_train", noted)
-    return found
-
-
-@pytest.fixture
 def watched(monkeypatch):
     """Largest number of groups under way or accepted, beyond what the capacity rule lets."""
     beyond = []

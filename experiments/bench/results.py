@@ -4,6 +4,7 @@ edited by hand.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,15 @@ def merge_result(device: str, key: str, value: dict[str, Any]) -> Path:
     known = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(known | {key: value}, indent=1, sort_keys=True) + "\n")
     return file
+
+
+def merge_rows(device: str, key: str, rows: Sequence[dict[str, Any]], case: Sequence[str]) -> Path:
+    """Puts rows under `key` -> "rows", in the place of those known that are equal in all fields of
+    `case`; the other rows stay.
+    """
+    file = RESULTS / f"{device}.json"
+    known = json.loads(file.read_text()).get(key, {}) if file.exists() else {}
+    same = lambda row: tuple(row.get(name) for name in case)  # noqa: E731
+    new = {same(row) for row in rows}
+    kept = [row for row in known.get("rows", []) if same(row) not in new]
+    return merge_result(device, key, {"rows": [*kept, *rows]})

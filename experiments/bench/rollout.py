@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.kernels import copy_gbs
-from experiments.bench.results import device_name, merge_result
+from experiments.bench.results import device_name, merge_rows
 from glm45_jax import params as params_lib
 from glm45_jax.kernels.fp8 import is_fp8
 from glm45_jax.model import config, transformer
@@ -32,6 +32,14 @@ from glm45_jax.rollout.engine import GlmEngine, chosen
 from glm45_jax.rollout.sampling import Sampling
 
 PAGE = 64
+CASE = (
+    "model",
+    "layers",
+    "impl",
+    "slots",
+    "prompt",
+    "out",
+)  # two rows of one case: the later counts
 SERVED = ("bf16", "fp8", "fp8+kv8")  # weights, and keys and values
 
 
@@ -253,12 +261,14 @@ def torch_peer(params: transformer.Params, cfg: config.ModelConfig, load: Load) 
 
 
 def save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """None; what was measured so far is in the result file."""
+    """None; what was measured so far is in the result file, in the place of older rows of the same
+    cases and beside those of others.
+    """
     said = {k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in vars(args).items()}
     command = " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in said.items() if v)
-    value = {"command": f"python -m experiments.bench.rollout {command}", "rows": rows}
     key = "_".join(["rollout", args.model, *args.served])
-    merge_result(device_name(), key, value | {"jax": jax.__version__})
+    told = {"command": f"python -m experiments.bench.rollout {command}", "jax": jax.__version__}
+    merge_rows(device_name(), key, [row | told for row in rows], CASE)
 
 
 def measure(args: argparse.Namespace) -> None:

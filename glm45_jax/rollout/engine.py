@@ -202,11 +202,8 @@ class GlmEngine:
         numbers = (np.int32(n) for n in (slot, length, index))
         asked = knobs([sampling])
         given = prefilled.replace(routes_TLA=None)  # whose length would be compiled for
-        # Pages stay outside: what a call only hands on, XLA's GPU runtime copies, donated or not.
-        pages = {"k_LPSKH": state.k_LPSKH, "v_LPSKH": state.v_LPSKH}
-        rows = state.replace(k_LPSKH=None, v_LPSKH=None)
-        rows, step = insert(rows, given, asked, *numbers, top=self.top_logprobs)
-        return rows.replace(**pages), jax.device_get(step)
+        state, step = insert(state, given, asked, *numbers, top=self.top_logprobs)
+        return state, jax.device_get(step)
 
     def decode(
         self, params: Params, state: EngineState, table_BP: np.ndarray, active_B: np.ndarray
@@ -300,9 +297,7 @@ def insert(
     *,
     top: int,
 ) -> tuple[EngineState, Step]:
-    """The state with a prefilled row in `slot`, and token `index` of its output, drawn (B = 1);
-    its pages are not looked at.
-    """
+    """The state with a prefilled row in `slot`, and token `index` of its output, drawn (B = 1)."""
     draw, ahead = sample(prefilled.logits_1V, row, index[None], top=top), state.ahead
     if ahead is not None:
         ahead = speculative.seat(ahead, prefilled.hidden_1D, draw.token_B, slot)

@@ -204,12 +204,18 @@ def main() -> None:
     if mesh.size == 1:
         raise SystemExit("one device: nothing to exchange; needs a host with several")
     shape = f"{mesh.size} x {case.rows * case.T} tokens"
-    table = layers(case, mesh, shape) + dispatches(case, mesh, shape)
+    table = layers(case, mesh, shape)
     split = [r for r in table if "efficiency" in r and r["impl"] != "one device"]
     best = max(split, key=lambda r: r["efficiency"])
     print(f"best: {best['impl']}, efficiency {best['efficiency']} (target {TARGET_EFFICIENCY})")
-    if not args.tiny:
-        merge_result(device_name(), "expert_parallel", {"rows": table})
+
+    def save() -> None:
+        if not args.tiny:
+            merge_result(device_name(), "expert_parallel", {"rows": table})
+
+    save()
+    table += dispatches(case, mesh, shape)
+    save()
 
 
 if __name__ == "__main__":

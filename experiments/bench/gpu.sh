@@ -27,11 +27,14 @@ run_kernels() {
 }
 run_train() { bench train_step --peer; }
 run_rollout() {
-  # 256 rows of Air fill the card.
-  XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 bench rollout --model air --batches 256 --prompts 1024 --served bf16
-  XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 bench rollout --model air --batches 256 --prompts 1024 --served fp8
+  # 256 rows of Air and their pages take 70 GB: one region, so that no hole is too small for a cache.
+  local whole=(XLA_PYTHON_CLIENT_PREALLOCATE=true XLA_PYTHON_CLIENT_MEM_FRACTION=0.95)
+  (export "${whole[@]}" && bench rollout --model air --batches 256 --served bf16)
+  (export "${whole[@]}" && bench rollout --model air --batches 256 --served fp8)
   bench rollout --model air --batches 1 16 64
-  bench rollout --model air --layers 4 --batches 64 --prompts 1024 --out 256 --peer --uneven 64
+  # The peer has the rest of the card.
+  (export XLA_PYTHON_CLIENT_PREALLOCATE=true XLA_PYTHON_CLIENT_MEM_FRACTION=0.55 &&
+    bench rollout --model air --layers 4 --batches 64 --prompts 1024 --out 256 --peer --uneven 64)
   bench rollout --model mini
   bench weights_push
 }
@@ -40,6 +43,7 @@ run_speculation() { # tokens: made where the data packages are, by bench.specula
   [ -f "$tokens" ] || { echo "no $tokens; make it with python -m experiments.bench.speculation --make-tokens $tokens" >&2; return 1; }
   bench speculation --tokens "$tokens" --steps 200 --batches 64 --drafts 0 1
   bench speculation --tokens "$tokens" --steps 200 --batches 64 --drafts 2 3
+  bench speculation --tokens "$tokens" --steps 200 --batches 1 64 --drafts 0 3
 }
 
 [ $# -gt 0 ] || set -- tests kernels train rollout speculation

@@ -17,7 +17,7 @@ _READ_THREADS = 8
 
 def write_whole(path: Path, data: bytes) -> None:
     """A file that appears with all its bytes or not at all, also when the machine stops."""
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     with temporary.open("wb") as out:
         out.write(data)
         out.flush()

@@ -8,7 +8,6 @@ otherwise: `<|endoftext|>` in a document is thirteen characters, not the token. 
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -17,6 +16,8 @@ from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from glm45_jax.integrity import write_whole
 
 
 class SpecialToken(NamedTuple):
@@ -239,9 +240,7 @@ class Tokenizer:
         """Writes `tokenizer.json` (path is that file or its folder), whole or not at all."""
         file = _json_file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text(self._full.to_str(), encoding="utf-8")
-        os.replace(temporary, file)
+        write_whole(file, self._full.to_str().encode())
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from glm45_jax.integrity import write_whole
+
 FILE = "pool.sqlite"
 MARK = "pool.json"  # says that a ledger was here: an empty database is then damage, not a start
 FORMAT = 1
@@ -167,9 +169,7 @@ class Ledger:
     def _mark(self) -> None:
         mark = self.path.parent / MARK
         if not mark.exists():
-            temporary = mark.with_name(f".{MARK}.{os.getpid()}")
-            temporary.write_text(json.dumps({"run": self.run, "format": FORMAT}), encoding="utf-8")
-            os.replace(temporary, mark)
+            write_whole(mark, json.dumps({"run": self.run, "format": FORMAT}).encode())
 
     @contextlib.contextmanager
     def _damage_told(self) -> Iterator[None]:

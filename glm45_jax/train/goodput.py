@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pathlib
 import time
 from collections.abc import Callable
+
+from glm45_jax.integrity import write_whole
 
 # productive: steps that count. start: checks, data, compiling (a stage's first step). data: waiting
 # for a batch. hooks: validation, metrics, report. skipped: steps left out. redone: steps that a
@@ -112,6 +113,4 @@ class Goodput:
             {"at": at, "done": done, "seconds": self._seconds, "parts": self._parts}, indent=1
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        new = self._path.with_name(self._path.name + ".new")
-        new.write_text(text)
-        os.replace(new, self._path)
+        write_whole(self._path, text.encode())

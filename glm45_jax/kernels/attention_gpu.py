@@ -113,6 +113,8 @@ def _flash_bwd(tuning, residuals, dout_BTNH):
 _flash.defvjp(_flash_fwd, _flash_bwd)
 
 
+# Layers of one shape share what is lowered, which takes seconds a kernel.
+@functools.partial(jax.jit, static_argnames="tuning")
 def _forward(q_BTNH, k_BTKH, v_BTKH, within, tuning):
     """Output and base-2 log-sum-exp float32 [B, N, T]. T: whole tiles, here and below.
 
@@ -229,6 +231,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, within, tuning):
     return run(q_BTNH, k_BTKH, v_BTKH, begin_BT)
 
 
+@functools.partial(jax.jit, static_argnames="tuning")
 def _backward_queries(
     q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, within, tuning
 ) -> jax.Array:
@@ -330,6 +333,7 @@ def _backward_queries(
     return run(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, begin_BT)
 
 
+@functools.partial(jax.jit, static_argnames="tuning")
 def _backward_keys(q_BTNH, k_BTKH, v_BTKH, dout_BTNH, lse_BNT, delta_BNT, within, tuning):
     """dk and dv: a block owns TILE keys of a kv head and walks over the queries of all its G heads.
 

@@ -346,6 +346,7 @@ class _GroupContext:
             plgpu.commit_smem()
 
 
+@functools.partial(jax.jit, static_argnames=("plan", "interpret"))
 def rows_by_rows(
     x_RD: jax.Array,
     g_RF: jax.Array,

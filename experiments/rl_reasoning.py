@@ -7,14 +7,20 @@ numbers where it says them (spec 7.2), else those of slime's GLM-4.7 script. The
 engine over many devices, which is not there yet.
 """
 
+import ast
 import dataclasses
 import functools
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from glm45_jax.data.chats import MadeChats
 from glm45_jax.data.prepare import Data
 from glm45_jax.data.sft import Chats
 from glm45_jax.data.sources import TextFiles
 from glm45_jax.envs import arithmetic, code, math, reasoning, science
+from glm45_jax.envs.files import held
 from glm45_jax.envs.mixed import mix, split
 from glm45_jax.envs.types import Env, Message
 from glm45_jax.experiment import Experiment, FromRun, FromSmolLM2, run_rl
@@ -40,6 +46,7 @@ GLM_VOCAB = 151_365  # ids of the released tokenizer
 PROMPT_TOKENS = 8192  # of the longest prompt; UNVERIFIED
 MTP_WEIGHT = 0.2  # of the drafter, trained online (spec 8)
 ROW, SMOL_ROW = 256, 512
+HELD_OUT_SHARE = 1 / 8  # of the school; that of `mixed.split`
 # Nearly all of the 7,000 sums that are not held out, drawn with replacement; and how many rows of
 # the cold start show them right.
 DEMONSTRATIONS, RIGHT = 20_000, 0.3
@@ -160,6 +167,18 @@ def tiny_ray() -> Experiment:
     return dataclasses.replace(exp, rl=dataclasses.replace(exp.rl, where=where))
 
 
+# Sums of up to four numbers of up to three digits, small formulas with brackets, products of two
+# numbers up to 99, and grade-school stories: 100 of them, with other names and numbers each time.
+SCHOOL: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("chain_sum", {"level": 2}),
+    ("basic_arithmetic", {"level": 1}),
+    ("products", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}),
+    ("gsm_symbolic", {}),
+)
+STORIES = "gsm_symbolic"
+FORMULA = re.compile(r"[-(0-9][-+*/() 0-9]*")  # the first of a question
+
+
 @dataclasses.dataclass(frozen=True)
 class School:
     """Sums and grade-school stories of reasoning-gym; a share is held out."""
@@ -168,38 +187,123 @@ class School:
 
     @functools.cache  # noqa: B019  (two values, and a call a task)
     def __call__(self) -> Env:
-        worlds = [reasoning.env(d, level=1) for d in ("chain_sum", "basic_arithmetic", "products")]
-        worlds.append(reasoning.env("gsm_symbolic"))
-        return split(mix(worlds, name="school"), held_out=self.held_out)
+        worlds = [reasoning.env(name, **settings) for name, settings in SCHOOL]
+        return split(mix(worlds, name="school"), held_out=self.held_out, share=HELD_OUT_SHARE)
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
-    """Tasks of the training side with the answer alone, which teaches the form and the stop."""
+class Worked:
+    """Tasks of the training side, worked step by step and right: lines of reasoning, then the
+    answer. They teach the form and the stop, and show that long sums come apart.
+    """
 
     def __call__(self, n: int) -> list[Message]:
         task = School()().tasks(n)
-        return [*task.messages, {"role": "assistant", "content": f"<answer>{task.answer}</answer>"}]
+        if task.meta["dataset"] == STORIES:
+            question, lines, answer = story(n)
+        else:
+            question, answer = str(task.prompt), str(task.answer)
+            found = FORMULA.search(question)
+            assert found is not None
+            lines = working(found[0])
+        return [
+            {"role": "user", "content": question},
+            {
+                "role": "assistant",
+                "reasoning_content": "\n".join(lines),
+                "content": f"<answer>{answer}</answer>",
+            },
+        ]
+
+
+def story(n: int) -> tuple[str, list[str], str]:
+    """Question, lines and answer of a grade-school story that is not held out. The lines are
+    reasoning-gym's, without the last, which says the answer again.
+    """
+    for number in itertools.count(16 * n):
+        entry = _stories(number // reasoning.BLOCK)[number % reasoning.BLOCK]
+        question = f"{entry['question'].rstrip()}\n\n{reasoning.ASK}"
+        if not held(repr([{"role": "user", "content": question}]), HELD_OUT_SHARE):
+            lines = entry["metadata"]["answer_cot"].strip().splitlines()
+            return (
+                question,
+                [line for line in lines if not line.startswith("####")],
+                entry["answer"],
+            )
+    raise AssertionError("itertools.count ends")
+
+
+@functools.lru_cache(maxsize=4)
+def _stories(block: int) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(STORIES, size=reasoning.BLOCK, seed=block)
+
+
+def working(formula: str) -> list[str]:
+    """One operation of whole numbers a line, as in school; a product of two numbers over 9 goes by
+    tens and ones. Raises: ValueError for anything but + - * / of whole numbers.
+    """
+    lines: list[str] = []
+
+    def did(left: int, sign: str, right: int, result: int) -> int:
+        lines.append(f"{left} {sign} {right} = {result}")
+        return result
+
+    def value(node: ast.expr) -> int:
+        match node:
+            case ast.Constant(value=int(number)):
+                return number
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
+                return -number
+            case ast.UnaryOp(op=ast.USub(), operand=inner):
+                within = value(inner)
+                lines.append(f"-({within}) = {-within}")
+                return -within
+            case ast.BinOp(left=one, op=ast.Add(), right=two):
+                left, right = value(one), value(two)
+                return did(left, "+", right, left + right)
+            case ast.BinOp(left=one, op=ast.Sub(), right=two):
+                left, right = value(one), value(two)
+                return did(left, "-", right, left - right)
+            case ast.BinOp(left=one, op=ast.Mult(), right=two):
+                left, right = value(one), value(two)
+                if min(left, right) < 10 or right % 10 == 0:
+                    return did(left, "*", right, left * right)
+                ones = right % 10
+                high = did(left, "*", right - ones, left * (right - ones))
+                low = did(left, "*", ones, left * ones)
+                return did(high, "+", low, high + low)
+            case ast.BinOp(left=one, op=ast.Div(), right=two):
+                left, right = value(one), value(two)
+                if right and left % right == 0:
+                    return did(left, "/", right, left // right)
+        raise ValueError(f"{formula!r}: not + - * / of whole numbers with whole results")
+
+    value(ast.parse(formula.strip(), mode="eval").body)
+    return lines
 
 
 def smollm2(model: ModelConfig = smol.smollm2(), name: str = "rl_smollm2") -> Experiment:
-    """SmolLM2-135M on one H100: a short cold start into GLM's format, then 100 batches of 64 x 8.
+    """SmolLM2-135M on one H100: a short cold start into GLM's format, half of it without the
+    reasoning, then 100 batches of 64 x 8 in direct mode.
 
     `python -m glm45_jax.hf.smollm2 corpus/smollm2` writes the tokenizer. All numbers UNVERIFIED.
     """
-    rows, cold_steps, none = 32, 60, Constant(0.0)
+    rows, cold_steps, none = 32, 100, Constant(0.0)
     cosine = Cosine(total=float(cold_steps * rows * SMOL_ROW), warmup=1e5, end=0.1)
     train = Train(steps=100, rows=rows, mtp_weight=none, bias_rate=none, save_every=50)
     return Experiment(
         name=name,
         model=model,
         data=Chats(
-            sources=((MadeChats(Answered(), 8000, name="answered"), 1.0),),
+            sources=((MadeChats(Worked(), 8000, name="worked"), 1.0),),
             seq_len=SMOL_ROW,
             vocab=smol.IDS,
             tokenizer="corpus/smollm2/tokenizer.json",
+            direct=0.5,
         ),
-        optim=AdamW(lr=3e-6, schedule=Constant(), b2=0.98, weight_decay=0.0),
+        optim=AdamW(lr=1e-5, schedule=Constant(), b2=0.98, weight_decay=0.0),
         train=train,
         mesh=Pmap(1),
         init=FromSmolLM2(),
@@ -209,11 +313,11 @@ def smollm2(model: ModelConfig = smol.smollm2(), name: str = "rl_smollm2") -> Ex
             groups=64,
             sampling=Sampling(max_tokens=256),
             serving=Serving(slots=256, pages=8192, max_tokens=SMOL_ROW, buckets=(64, 256)),
-            split=Split(first=0),
+            split=Split(first=10_000),  # those before are shown
             evaluation=Evaluation(world=School(held_out=True), tasks=512, every=25),
             thinking=False,
             cold_start=ColdStart(
-                AdamW(lr=5e-5, schedule=cosine), dataclasses.replace(train, steps=cold_steps)
+                AdamW(lr=1e-4, schedule=cosine), dataclasses.replace(train, steps=cold_steps)
             ),
         ),
         run=run_rl,

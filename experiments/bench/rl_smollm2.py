@@ -1,0 +1,477 @@
+"""SmolLM2-135M on sums and grade-school stories, on one H100: what a cold start gives, what GRPO
+gives on top of it, and how fast; thinking against direct mode, async against sync, FP8 rollouts
+against bfloat16, and the model upcycled to a mixture of experts.
+
+    python -m experiments.bench.rl_smollm2 direct:0 thinking:0 async:0 fp8:0 --seconds 570
+    python -m experiments.bench.rl_smollm2 --write --device nvidia-h100-80gb-hbm3-x1
+
+An arm is `name:seed`; `arms()` lists them. All arms of a model begin with the weights of one cold
+start; seeds differ in prompts and draws. Scores are of the trainer's weights in bfloat16, on tasks
+that neither the cold start nor RL sees; stories that are held out have other names and numbers, but
+are of the same 100 kinds. What a workdir has is not done again, and what --seconds ends goes on in
+the next call. Needs neither grain nor matplotlib; --write needs matplotlib and no accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import os
+import pathlib
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import rl_reasoning
+from experiments.bench.results import RESULTS, device_name, merge_rows
+from experiments.bench.rl_smollm2_page import WARM, described, measured, write_page
+from glm45_jax.checkpoint import Checkpoints
+from glm45_jax.data.chats import MadeChats
+from glm45_jax.data.loader import Loader
+from glm45_jax.data.sft import prepare_any, rows_of_any
+from glm45_jax.envs.scores import Score
+from glm45_jax.envs.types import Env, Message, Part, Task
+from glm45_jax.experiment import Experiment, FromRun
+from glm45_jax.hf import smollm2 as smol
+from glm45_jax.metrics import read_jsonl
+from glm45_jax.optim.schedules import Cosine
+from glm45_jax.rl import run as rl_run
+from glm45_jax.rl.config import Async, Evaluation, Split, Sync
+from glm45_jax.rl.correction import Tis
+from glm45_jax.rl.sampler import Sampler
+from glm45_jax.rl.update import Updater
+from glm45_jax.rollout.weights import Push
+from glm45_jax.start import initial
+from glm45_jax.train.parallel import Recipe, make_trainer
+
+APART = 1_000_000  # between the first prompts of two seeds
+LEAST_S, COLD_S = 60.0, 90.0  # with less left, no arm and no cold start begin
+AFTER_S = 25.0  # kept for what follows the last batch: a checkpoint, a score
+MODES = {"direct": False, "thinking": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Even:
+    """The school's tasks, where every other answer is right whatever it says: two samples differ
+    soon, also where no model can learn anything yet.
+    """
+
+    held_out: bool = False
+
+    def __call__(self) -> Env:
+        return dataclasses.replace(
+            rl_reasoning.School(self.held_out)(), rewards=(Part("answer", even),)
+        )
+
+
+def even(task: Task, messages: Sequence[Message]) -> float:
+    """1 for an even number of characters."""
+    del task
+    return float(len(str(messages[-1].get("content"))) % 2 == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How large all of it is. batches: of an arm, by mode. rows: a batch is padded to a multiple of
+    it, by mode, so that nearly all batches have one shape. out: longest answer, by mode. tasks: of
+    a score; the stock model, which answers at length, gets a quarter. micro: rows of a forward pass
+    of the mixture.
+    """
+
+    groups: int = 64
+    samples: int = 8
+    updates: int = 2
+    batches: tuple[int, int] = (40, 25)
+    rows: tuple[int, int] = (64, 128)
+    out: tuple[int, int] = (32, 224)
+    row: int = 512
+    micro: int = 32
+    tasks: int = 1024
+    slots: int = 256
+    pages: int = 8192
+    buckets: tuple[int, ...] = (96, 224)
+    prefill_tokens: int = 4096
+    cold_steps: int = 100
+    cold_rows: int = 32
+    shown: int = 8000
+    lr: float = 1e-5
+    world: type[rl_reasoning.School] | type[Even] = rl_reasoning.School
+
+
+TINY = Sizes(
+    groups=4,
+    samples=2,
+    updates=1,
+    batches=(2, 2),
+    rows=(4, 4),
+    out=(16, 16),
+    row=320,
+    micro=4,
+    tasks=4,
+    slots=4,
+    pages=128,
+    prefill_tokens=256,
+    cold_steps=2,
+    cold_rows=4,
+    shown=64,
+    world=Even,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to train. told: for the table. change: of the experiment, from GRPO in step."""
+
+    name: str
+    told: str
+    mode: str = "direct"
+    moe: bool = False
+    change: Callable[[Experiment], Experiment] = lambda exp: exp
+
+    @property
+    def model(self) -> str:
+        """Whose cold start it begins with."""
+        return "moe" if self.moe else "dense"
+
+
+def _rl(**changes: Any) -> Callable[[Experiment], Experiment]:
+    def change(exp: Experiment) -> Experiment:
+        assert exp.rl is not None
+        return dataclasses.replace(exp, rl=dataclasses.replace(exp.rl, **changes))
+
+    return change
+
+
+def arms() -> dict[str, Arm]:
+    """By name; async and fp8 differ from `thinking` in one thing each."""
+    found = (
+        Arm("direct", "dense, direct"),
+        Arm("thinking", "dense, thinking", "thinking"),
+        Arm("async", "thinking, sampled beside training", "thinking", change=_rl(mode=Async())),
+        Arm("fp8", "thinking, FP8 rollouts", "thinking", change=_rl(push=Push(fp8=True))),
+        Arm("still", "thinking, learning rate 0", "thinking", change=_still),
+        Arm("moe", "8 experts, direct", moe=True),
+        Arm("moe_thinking", "8 experts, thinking", "thinking", moe=True),
+    )
+    return {arm.name: arm for arm in found}
+
+
+def _still(exp: Experiment) -> Experiment:
+    return dataclasses.replace(exp, optim=dataclasses.replace(exp.optim, lr=0.0))
+
+
+def base(model: str, mode: str, sizes: Sizes, workdir: pathlib.Path) -> Experiment:
+    """`experiments.rl_reasoning.smollm2`, or the mixture, at these sizes."""
+    exp = rl_reasoning.smollm2_moe() if model == "moe" else rl_reasoning.smollm2()
+    assert exp.rl is not None and exp.rl.cold_start is not None
+    at = list(MODES).index(mode)
+    shown = MadeChats(rl_reasoning.Worked(), sizes.shown, name="worked")
+    cold = exp.rl.cold_start
+    places = float(sizes.cold_steps * sizes.cold_rows * sizes.row)
+    schedule = Cosine(total=places, warmup=0.1 * places, end=0.1)
+    micro = sizes.micro if model == "moe" else None
+    rl = dataclasses.replace(
+        exp.rl,
+        update=dataclasses.replace(exp.rl.update, corrections=(Tis(),), micro_rows=micro),
+        groups=sizes.groups,
+        samples=sizes.samples,
+        updates=sizes.updates,
+        sampling=dataclasses.replace(exp.rl.sampling, max_tokens=sizes.out[at]),
+        serving=dataclasses.replace(
+            exp.rl.serving,
+            slots=sizes.slots,
+            pages=sizes.pages,
+            max_tokens=sizes.row,
+            buckets=sizes.buckets,
+            prefill_tokens=sizes.prefill_tokens,
+            reuse=False,
+        ),
+        world=sizes.world(),
+        evaluation=Evaluation(world=sizes.world(held_out=True), tasks=0),
+        most_mismatch=None,  # compared after every batch, and told
+        thinking=None if MODES[mode] else False,
+        cold_start=dataclasses.replace(
+            cold,
+            optim=dataclasses.replace(cold.optim, schedule=schedule),
+            train=dataclasses.replace(
+                cold.train, steps=sizes.cold_steps, rows=sizes.cold_rows, micro_rows=micro
+            ),
+        ),
+    )
+    return dataclasses.replace(
+        exp,
+        name=f"smollm2_{model}_{mode}",
+        data=dataclasses.replace(
+            exp.data,
+            sources=((shown, 1.0),),
+            seq_len=sizes.row,
+            tokenizer=str(workdir / "tokenizer.json"),
+        ),
+        optim=dataclasses.replace(exp.optim, lr=sizes.lr),
+        train=dataclasses.replace(
+            exp.train, steps=sizes.batches[at], rows=sizes.rows[at], save_every=0
+        ),
+        rl=rl,
+    )
+
+
+def experiment(arm: Arm, seed: int, sizes: Sizes, workdir: pathlib.Path) -> Experiment:
+    """What one arm runs, from the cold start of its model."""
+    exp = base(arm.model, arm.mode, sizes, workdir)
+    assert exp.rl is not None
+    shown = exp.rl.split.first
+    rl = dataclasses.replace(exp.rl, cold_start=None, split=Split(first=shown + APART * seed))
+    cold = FromRun(str(cold_folder(arm.model, workdir)))
+    return arm.change(
+        dataclasses.replace(exp, name=f"smollm2_{arm.name}", seed=seed, init=cold, rl=rl)
+    )
+
+
+def cold_folder(model: str, workdir: pathlib.Path) -> pathlib.Path:
+    """Of the cold start of a model."""
+    return workdir / f"cold_{model}"
+
+
+def cold_start(model: str, sizes: Sizes, workdir: pathlib.Path) -> dict[str, Any]:
+    """The row of a model's supervised steps, with scores before and after by mode; read back where
+    it was run before.
+    """
+    folder = cold_folder(model, workdir)
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())
+    began = time.monotonic()
+    exps = {mode: base(model, mode, sizes, workdir) for mode in MODES}
+    exp = exps["direct"]
+    assert exp.rl is not None and exp.rl.cold_start is not None
+    cold = exp.rl.cold_start
+    prepared = prepare_any(exp.data, workdir / "data")
+    trainer = make_trainer(exp.mesh, Recipe(exp.model, cold.optim, cold.train, packed=True))
+    rows = sizes.cold_rows
+    loader = Loader(
+        rows_of_any(exp.data, prepared),
+        seed=exp.seed,
+        span=lambda step: (step * rows, rows),
+        fingerprint=prepared.fingerprint,
+    )
+    state = initial(exp, trainer)
+    said(f"cold start of {model}: ready after {time.monotonic() - began:.0f} s")
+    scores: dict[str, Any] = {}
+    if model == "dense":  # the mixture says the same at first
+        few = max(sizes.tasks // 4, 1)
+        for mode, one in exps.items():
+            scores[f"{mode}/stock"] = score(one, folder, trainer.save_view(state).params, few)
+    times, losses = [], []
+    for _, batch in zip(range(sizes.cold_steps), loader.iterate(), strict=False):
+        at = time.perf_counter()
+        state, out = trainer.step(state, batch)
+        losses.append(float(out.scalars["loss"]))
+        times.append(time.perf_counter() - at)
+    said(
+        f"{sizes.cold_steps} steps in {sum(times):.0f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    )
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        weights = {"params": trainer.save_view(state).params}
+        checkpoints.save(sizes.cold_steps, weights, sidecars={})
+    for mode, one in exps.items():
+        scores[f"{mode}/cold"] = score(one, folder, trainer.save_view(state).params, sizes.tasks)
+    row = {
+        "arm": f"cold_{model}",
+        "seed": 0,
+        "steps": sizes.cold_steps,
+        "tokens_per_s": round(rows * sizes.row / float(np.median(times[WARM:] or times))),
+        "loss": [round(losses[0], 4), round(losses[-1], 4)],
+        "seconds": round(time.monotonic() - began, 1),
+        "scores": scores,
+    }
+    (folder / "result.json").write_text(json.dumps(row))
+    return row
+
+
+def score(exp: Experiment, folder: pathlib.Path, params: Any, tasks: int) -> dict[str, Any]:
+    """Held-out pass@1 of these weights in bfloat16, sampled and greedy, with half of its 95%
+    interval; greedy by dataset; tokens of a greedy answer; shares in the right form and cut.
+    """
+    assert exp.rl is not None
+    began = time.monotonic()
+    rl = dataclasses.replace(exp.rl, cold_start=None, push=Push(), mode=Sync())
+    plain = dataclasses.replace(exp, rl=rl)
+    tokenizer = rl_run.tokenizer_of(plain, folder)
+    workers = rl_run.workers_of(plain, tokenizer, params, 0)
+    found: dict[str, Any] = {"tasks": tasks}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        rl_run.pool_of(plain, pathlib.Path(scratch)) as pool,
+        contextlib.closing(workers),
+    ):
+        sampler = Sampler(pool, workers, rl_run.prompts_of(plain, pool), rl, seed=0)
+        for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+            sampling = dataclasses.replace(rl.sampling, temperature=temperature)
+            given = sampler.ask(range(tasks), 1, sampling)
+            one = Score.of(np.array([each.reward for each in given]))
+            found[name] = [round(one.value, 4), round(one.half, 4)]
+    found |= described(given)
+    said(f"{exp.name}: {found}, {time.monotonic() - began:.0f} s")
+    return found
+
+
+@functools.cache
+def _updater(model: Any, optim: Any, update: Any, mesh: Any, rows: int) -> list[Updater]:
+    return []
+
+
+def updater_of(exp: Experiment) -> Updater:
+    """One for all arms that may share it: its programs compile once."""
+    assert exp.rl is not None
+    kept = _updater(exp.model, exp.optim, exp.rl.update, exp.mesh, exp.train.rows)
+    if not kept:
+        kept.append(rl_run.updater_of(exp))
+    return kept[0]
+
+
+def run_arm(
+    arm: Arm, seed: int, sizes: Sizes, workdir: pathlib.Path, ends: float
+) -> dict[str, Any] | None:
+    """The row of an arm, read back where it was run before; None where the time ended it first.
+
+    ends: when, on the monotonic clock.
+    """
+    folder = workdir / f"{arm.name}_{seed}"
+    done = folder / "result.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    exp = experiment(arm, seed, sizes, workdir)
+    updater, tokenizer = updater_of(exp), rl_run.tokenizer_of(exp, folder)
+    began = time.monotonic()
+    with stopped_at(ends - AFTER_S):
+        state, outcome = rl_run.run(
+            exp,
+            folder,
+            tokenizer=tokenizer,
+            updater=updater,
+            initial=lambda trainer: initial(exp, trainer),
+        )
+    said(f"{arm.name}:{seed}: {outcome.why} after batch {outcome.step}, {outcome.seconds:.0f} s")
+    if outcome.why == "stopped" or state is None:
+        return None
+    params = updater.params(state)
+    row = {
+        "arm": arm.name,
+        "seed": seed,
+        "why": outcome.why + (f": {outcome.said}" if outcome.said else ""),
+        "batches": outcome.step,
+        "seconds": round(time.monotonic() - began, 1),
+        "after": score(base(arm.model, arm.mode, sizes, workdir), folder, params, sizes.tasks),
+        **measured(read_jsonl(folder / "metrics.jsonl")),
+    }
+    done.write_text(json.dumps(row))
+    shutil.rmtree(folder / "checkpoints")
+    return row
+
+
+@contextlib.contextmanager
+def stopped_at(ends: float) -> Iterator[None]:
+    """Asks the run inside to stop after the batch during which the monotonic clock says `ends`."""
+    left = threading.Event()
+
+    def wait() -> None:
+        while not left.wait(max(ends - time.monotonic(), 0.5)):
+            # The loop listens to it; before and after the loop it would end the process.
+            if time.monotonic() >= ends and callable(signal.getsignal(signal.SIGTERM)):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+
+
+def said(text: str) -> None:
+    """None; a line with the seconds since the start, now."""
+    print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", flush=True)
+
+
+BEGAN = time.monotonic()
+
+
+def measure(asked: Sequence[str], sizes: Sizes, workdir: pathlib.Path, seconds: float) -> None:
+    """Runs what was asked, each row into the result file as soon as it is there."""
+    ends = BEGAN + seconds
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / "tokenizer.json").exists():
+        smol.tokenizer().save(workdir)
+    known = arms()
+    for name, seed in map(parsed, asked):
+        arm, left = known[name], ends - time.monotonic()
+        ready = (cold_folder(arm.model, workdir) / "result.json").exists()
+        if left < (LEAST_S if ready else COLD_S + LEAST_S):
+            said(f"{name}:{seed} does not begin: {left:.0f} s are left")
+            continue
+        row = cold_start(arm.model, sizes, workdir)
+        keep(row, sizes)
+        found = run_arm(arm, seed, sizes, workdir, ends)
+        if found is not None:
+            keep(found | {"before": row["scores"][f"{arm.mode}/cold"]}, sizes)
+            said(json.dumps({k: found[k] for k in ("arm", "seed", "why", "after", "rates")}))
+
+
+def keep(row: Mapping[str, Any], sizes: Sizes) -> None:
+    """None; the row is in the result file of this device, but of tiny ones nothing is kept."""
+    if sizes != TINY:
+        sized = {"sizes": dataclasses.asdict(sizes) | {"world": sizes.world.__name__}}
+        merge_rows(device_name(), "rl_smollm2", [dict(row) | sized], ("arm", "seed"))
+
+
+def parsed(asked: str) -> tuple[str, int]:
+    """Name and seed of an arm. Raises: SystemExit for what is none."""
+    name, _, seed = asked.partition(":")
+    if name not in arms() or not (seed or "0").isdigit():
+        raise SystemExit(f"{asked}: give name:seed, with a name of {', '.join(arms())}")
+    return name, int(seed or 0)
+
+
+def main() -> None:
+    """Measures, or draws what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arms", nargs="*", help="name:seed, in this order")
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/rl_smollm2"))
+    parser.add_argument("--seconds", type=float, default=570.0, help="after which nothing begins")
+    parser.add_argument("--tiny", action="store_true", help="to see whether it runs; keeps nothing")
+    parser.add_argument("--write", action="store_true", help="page and figure of what was measured")
+    parser.add_argument("--device", help="whose results --write draws; default this one")
+    for name, kind in (("lr", float), ("tasks", int), ("cold-steps", int), ("groups", int)):
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--batches", type=int, nargs=2, metavar=("DIRECT", "THINKING"))
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+    names = ("lr", "tasks", "cold_steps", "groups", "batches")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if "batches" in given:
+        given["batches"] = tuple(given["batches"])
+    for one in args.arms:
+        parsed(one)
+    sizes = dataclasses.replace(TINY if args.tiny else Sizes(), **given)
+    if args.arms:
+        measure(args.arms, sizes, args.workdir, args.seconds)
+    if args.write:
+        device = args.device or device_name()
+        rows = json.loads((RESULTS / f"{device}.json").read_text())["rl_smollm2"]["rows"]
+        told = {name: arm.told for name, arm in arms().items()}
+        print(write_page(rows, told, device))
+
+
+if __name__ == "__main__":
+    main()

@@ -64,6 +64,7 @@ EXTRAS = {
     "seqio": ['seqio==0.0.20; python_version < "3.13"'],
     "ray": ["ray==2.60.0"],
     "wandb": ["wandb==0.31.0"],
+    "clearml": ["clearml==2.1.12"],
     "cuda": ["jax[cuda13]==0.11.2"],
     "tpu": ["jax[tpu]==0.11.2"],
     "plan-tpu": ["libtpu==0.0.48.1"],

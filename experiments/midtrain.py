@@ -86,8 +86,8 @@ STAGES = _stages()
 
 
 def glm45() -> Experiment:
-    """All five stages of GLM-4.5 on 512 accelerators; `pretrain:glm45` has the first two. The last
-    one does not fit there: `glm45_long` goes on in the same workdir.
+    """All five stages of GLM-4.5 on 512 accelerators; `pretrain:glm45` has the first two. On H100s
+    those of 32K and 128K do not fit so: `glm45_long` goes on in the same workdir.
     """
     return _full(pretrain.glm45(), "glm45_recipe", MeshShape(data=1, fsdp=64, expert=8))
 
@@ -98,8 +98,8 @@ def glm45_air() -> Experiment:
 
 
 def glm45_long() -> Experiment:
-    """`glm45` with rows split over 8 devices, which the experts share: for its stage of 128K, from
-    where `glm45` was stopped, in its workdir. h100:64x8, where a host holds a row.
+    """`glm45` with rows split over 8 devices, which the experts share: for its stages of 32K and
+    128K, from where `glm45` was stopped, in its workdir. h100:64x8, where a host holds a row.
     """
     return _split_rows(glm45())
 

@@ -11,19 +11,17 @@ import jax
 from glm45_jax.evals.generate import Outcome
 from glm45_jax.metrics import read_jsonl
 from glm45_jax.rl.report import reward_figure
-from glm45_jax.train.report import (
+from glm45_jax.train.curves import (
     BLUE,
     GREEN,
     MUTED,
     ORANGE,
     Curves,
-    block,
     draw_curve,
     figure_of,
-    table,
     write_plots,
-    write_text,
 )
+from glm45_jax.train.document import block, table, write_text
 
 SHOWN = 4  # sums whose transcripts are shown: the first ones, whatever became of them
 COLD, AFTER = "sft", "rl"

@@ -50,6 +50,7 @@ from glm45_jax.train.parallel import Pmap, Recipe, Trainer, make_trainer
 from glm45_jax.train.report import write_report
 from glm45_jax.train.stages import Span, Stage, spans, total_steps
 from glm45_jax.train.state import Train, TrainState
+from glm45_jax.train.trackers import ClearML, TensorBoard, Wandb
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Experiment:
     stages; each sets the sequence length, mixture, packing, batch, RoPE base, bias rate and MTP
     weight that `data`, `train` and `model` otherwise say (see `Experiment.of`). rl: of runs of the
     second loop, whose `run` is `run_rl`; train.steps are its batches then, train.rows what a batch
-    of packed rows is a multiple of. evals belong to a later loop.
+    of packed rows is a multiple of. evals belong to a later loop. tracker: where to watch it.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Experiment:
     rules: Rules = Rules()
     init: Scratch | FromRun | FromHF | FromSmolLM2 = Scratch()
     report: Report = Report()
+    tracker: TensorBoard | Wandb | ClearML = TensorBoard()
     seed: int = 0
     stages: tuple[Stage, ...] = ()
     rl: Rl | None = None
@@ -379,8 +381,8 @@ def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
     writers: list[metrics.Writer] = []
     if main_host:
         writers = [
+            exp.tracker.open(exp, ready.workdir, ready.start + 1),
             metrics.Jsonl.open_resumed(ready.workdir / "metrics.jsonl", ready.start + 1),
-            metrics.TensorBoard(ready.workdir / "tensorboard", purge_step=ready.start + 1),
         ]
     progress = metrics.Progress(exp.train.steps, ready.start) if main_host else None
     state, outcomes = ready.state, []
@@ -460,9 +462,14 @@ def _write_report(ready: _Ready, params: Any, outcome: Outcome, seconds: float) 
     rows_BT1 = np.concatenate([validation.tokens_BT, validation.targets_BT[:, -1:]], axis=1)
     fit = functools.partial(ngram.losses, ready.prepared.train.values(), rows_BT1, exp.data.vocab)
     baselines = fit() if exp.report.ngrams else {}
-    samples = _samples(ready, params) if exp.report.prompts else []
+    stages = [(s.stage.name, s.first_step + 1) for s in exp.spans if s.stage is not None]
     path = write_report(
-        ready.workdir, title=exp.name, facts=facts, baselines=baselines, samples=samples
+        ready.workdir,
+        title=exp.name,
+        facts=facts,
+        baselines=baselines,
+        samples=_samples(ready, params) if exp.report.prompts else [],
+        stages=stages,
     )
     for name, nats in baselines.items():
         log.info("%s: %.4f nats a token", name, nats)

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     metrics.setup_logging()
     try:
         experiment = values.override(find(args.experiment)(), args.set)
+        experiment.tracker.check()
         if args.dry_run:
             sys.stdout.write(plan.table(experiment) + "\n")
             return 0

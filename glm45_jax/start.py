@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 # What may change in a workdir that goes on.
 MAY_CHANGE = (
-    *("mesh", "rules", "train.log_every", "train.save_every", "train.keep"),
-    *("train.guard", "train.hung_after_s", "train.micro_rows"),
+    *("mesh", "rules", "tracker", "train.log_every", "train.save_every", "train.keep"),
+    *("train.guard", "train.hung_after_s", "train.micro_rows", "train.profile"),
 )
 RL_MAY_CHANGE = ("train.steps", "rl.evaluation", "rl.serving", "rl.most_dropped", "rl.where")
 

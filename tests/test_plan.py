@@ -5,6 +5,7 @@ roofline, settings that fit, hardware to serve with, and the command.
 import ast
 import dataclasses
 import functools
+import itertools
 import math
 from pathlib import Path
 
@@ -230,6 +231,51 @@ def test_settings_that_fit_come_nearest_first_and_hold_what_they_say():
     assert not nearest.search(exp, 16384, small, scale=100.0)
 
 
+def test_a_remat_policy_that_keeps_more_repeats_less_and_the_first_that_fits_is_chosen():
+    exp = glm45()
+    found = nearest.policies(exp, 16384, V5P)
+    assert [p.name for p in found] == list(nearest.REMAT)
+    for more, less in itertools.pairwise(found):
+        assert more.bytes > less.bytes and more.again_s <= less.again_s
+    assert found[0].again_s == 0
+    by_name = {p.name: p for p in found}
+    held = nearest.terms(exp, 16384, V5P)
+    assert by_name[exp.model.remat].bytes == held["total"]
+    whole = roofline.of(exp, 16384, V5P, held, None)  # what is repeated is in the roofline's sum
+    none = roofline.of(glm45("model.remat=none"), 16384, V5P, held, None)
+    again = by_name[exp.model.remat].again_s
+    assert whole.compute - none.compute == pytest.approx(again)
+    room = by_name["dots"].bytes / nearest.MARGIN
+    small = targets.Target(dataclasses.replace(V5P.chip, hbm_bytes=room), V5P.sides)
+    fits = [p.name for p in nearest.policies(exp, 16384, small) if p.fits]
+    assert fits == ["dots", "outputs", "full"]
+    assert not any(p.fits for p in nearest.policies(exp, 16384, small, scale=100.0))
+
+
+def test_the_command_chooses_what_a_block_keeps(capsys):
+    argv = ["experiments.pretrain:glm45", "--target", "v5p:8x8x8", "--estimate"]
+    command.main(argv)
+    told = capsys.readouterr().out
+    (line,) = (line for line in told.splitlines() if "cheapest that fits" in line)
+    chosen = line.split()[0]
+    assert "remat full" in told and line.endswith(f"--set model.remat={chosen}")
+    command.main([*argv, "--choose-remat"])
+    text = capsys.readouterr().out
+    assert f"remat {chosen}" in text and "--set model.remat" not in text
+
+
+def test_weights_in_bfloat16_are_named_where_little_else_fits():
+    exp = glm45("train.micro_rows=512")
+    held = nearest.terms(exp, 16384, V5P)
+    least = glm45("optim.master_dtype=bfloat16", "optim.momentum_dtype=bfloat16")
+    room = nearest.terms(least, 16384, V5P)["total"] / nearest.MARGIN
+    assert room < held["total"]
+    small = targets.Target(dataclasses.replace(V5P.chip, hbm_bytes=room), V5P.sides)
+    found = nearest.search(exp, 16384, small, scale=1.0)
+    wanted = {("optim.momentum_dtype", "bfloat16"), ("optim.master_dtype", "bfloat16")}
+    assert wanted in [set(s.changes) for s in found]
+
+
 def test_long_rows_are_split_where_a_device_cannot_hold_one():
     exp, rows = compiling.part(values.find("experiments.midtrain:glm45")(), "long_agent")
     assert exp.data.seq_len == 131_072
@@ -254,6 +300,10 @@ def verdict(compiled, missing=""):
 def test_the_verdict_is_the_compilers_and_no_estimates_stand_in_for_it():
     fits, code = verdict(Compiled(peak=34 * 2**30))
     assert code == report.FITS and "fits         34.00 of 95.73 GiB" in fits
+    tight, code = verdict(Compiled(peak=0.99 * V5P.chip.hbm_bytes))  # above what estimates may fill
+    assert code == report.FITS
+    (line,) = (line for line in tight.splitlines() if line.startswith("  outputs "))
+    assert line.split()[1] == "94.77" and "does not fit" not in line
     text, code = verdict(Compiled(error="RESOURCE_EXHAUSTED", used=100.5 * 2**30))
     assert code == report.DOES_NOT_FIT and "does not fit 100.50 of 95.73 GiB" in text
     assert text.count("--set ") >= 3 and "by estimate" in text

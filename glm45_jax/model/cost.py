@@ -22,7 +22,8 @@ from glm45_jax import params as plan
 from glm45_jax import sharding
 from glm45_jax.kernels.cross_entropy import chunk_words
 from glm45_jax.model.block import block_specs
-from glm45_jax.model.config import ModelConfig
+from glm45_jax.model.config import Gqa, ModelConfig
+from glm45_jax.model.context_parallel import GatherKeys, choose
 from glm45_jax.model.expert_parallel import Layout, default_exchange, layout
 from glm45_jax.model.transformer import specs
 
@@ -156,29 +157,32 @@ def memory_per_device(
 ) -> dict[str, float]:
     """Bytes on one device in a training step, by term; terms that begin with "E" are estimates.
 
-    optim: a value with `build(specs)`. mesh_sizes: devices along `sharding.AXES`. rows: of one
-    micro-batch, all devices. Attention is counted as a fused kernel; the reference keeps some N·T·T
-    scores a row besides. Not counted: the workspace of Newton-Schulz, collectives' buffers, the
-    allocator's slack. `glm45_jax.plan` asks the compiler.
+    optim: a value with `build(specs)` and `stored(specs)`. mesh_sizes: devices along
+    `sharding.AXES`. rows: of one micro-batch, all devices. Attention is counted as a fused kernel;
+    the reference keeps some N·T·T scores a row besides. Not counted: the workspace of
+    Newton-Schulz, buffers of collectives but for attention's keys, the allocator's slack.
+    `glm45_jax.plan` asks the compiler.
     """
     sizes = dict(zip(sharding.AXES, mesh_sizes, strict=True))
     ways = math.prod(sizes[a] for a in (*rules.batch, *rules.seq))
     tokens = math.ceil(rows * seq_len / ways)
-    weights = specs(cfg)
+    weights = optim.stored(specs(cfg))
     leaves = [s for _, s in plan.leaves_with_path(weights)]
     held = float(sum(_local_bytes(s, s.dtype, sizes, rules) for s in leaves))
     act = jnp.dtype(cfg.dtype).itemsize
     saved, block, dispatch = _activations(cfg, act, sizes, rules)
+    summed = float(sum(_local_bytes(s, jnp.float32, sizes, rules) for s in leaves))
     terms = {
         "parameters": held,
         "gradients": held,
         "optimizer": float(_optimizer_bytes(optim.build(weights), weights, sizes, rules)),
-        "E gradients being summed": held if accumulate else 0.0,
+        "E gradients being summed": summed if accumulate else 0.0,
         "E saved activations": tokens * saved,
         "E one block, recomputed": tokens * block,
         "E rows of experts": tokens * dispatch,
+        "E keys of other devices": _whole_keys(cfg, act, sizes, rules, rows=rows, seq_len=seq_len),
         "E chunk of logits": tokens * min(chunk_words(tokens), cfg.vocab) * (4.0 + act),
-        "E weights of one layer": _layer_weights(cfg, act, sizes, rules),
+        "E weights of one layer": _layer_weights(cfg, optim, act, sizes, rules),
     }
     return terms | {"total": sum(terms.values())}
 
@@ -250,15 +254,46 @@ def _activations(
     return float(saved), float(moe if n_moe else dense), float(dispatch)
 
 
+def _whole_keys(
+    cfg: ModelConfig,
+    act: int,
+    sizes: Mapping[str, int],
+    rules: sharding.Rules,
+    *,
+    rows: int,
+    seq_len: int,
+) -> float:
+    """Bytes of keys and values that come from other devices of a row, and of their gradients, in
+    one attention's backward pass; 0 where rows are whole.
+
+    Gathered they are whole rows: in the compute dtype, their gradients in float32, and these once
+    more in the order of the devices, from which they are scattered. In a ring what is here and what
+    is coming: keys and values, and float32 gradients. Source: model/context_parallel.py.
+    """
+    lanes = sharding.ways(rules.seq, sizes)
+    if lanes == 1:
+        return 0.0
+    mixer = cfg.mixer
+    heads = mixer.kv_heads if isinstance(mixer, Gqa) else mixer.heads  # Mla expands its latents
+    entries = heads * mixer.pair_flops // (2 * mixer.heads)  # of a key and its value
+    split = sharding.ways(rules.kv_heads, sizes)
+    entries = entries // split if heads % split == 0 else entries
+    entries *= math.ceil(rows / sharding.ways(rules.batch, sizes)) * seq_len
+    if isinstance(choose(rules.keys, gathered=entries * act, lanes=lanes), GatherKeys):
+        return float(entries * (act + 2 * 4))
+    return float(entries / lanes * 2 * (act + 4))
+
+
 def _layer_weights(
-    cfg: ModelConfig, act: int, sizes: Mapping[str, int], rules: sharding.Rules
+    cfg: ModelConfig, optim: Any, act: int, sizes: Mapping[str, int], rules: sharding.Rules
 ) -> float:
     """Bytes of one layer's weights as a block uses them: gathered, in the compute dtype.
 
     Tensor parallelism splits them still, and experts lie on their devices unless the exchange
     gathers them. Zero where a block uses the weights as they are stored.
     """
-    layer = [s for _, s in plan.leaves_with_path(block_specs(cfg, 1, dense=not cfg.n_moe))]
+    one_block = optim.stored(block_specs(cfg, 1, dense=not cfg.n_moe))
+    layer = [s for _, s in plan.leaves_with_path(one_block)]
     kept = {a: n if a in (*rules.heads, *rules.mlp) else 1 for a, n in sizes.items()}
     one_device = math.prod(sizes.values()) == 1
     total = 0.0

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from glm45_jax import params as plan
+from glm45_jax.optim import rounding
 from glm45_jax.optim.schedules import Cosine, Schedule, Tokens
 
 LearningRate = float | Callable[[jax.Array], Any]
@@ -43,6 +44,7 @@ class AdamW:
     weight_decay: float = 0.1
     decay_kinds: tuple[plan.Kind, ...] = ("matrix", "embed")
     clip_norm: float | None = 1.0
+    master_dtype: rounding.MasterDtype = "float32"  # of the weights, see `rounding`
 
     def build(self, specs: Any) -> optax.GradientTransformation:
         """Updates for a learning rate of 1; the train step multiplies them by `lr_at`."""
@@ -56,6 +58,10 @@ class AdamW:
             decay_kinds=self.decay_kinds,
         )
         return clipped(tx, self.clip_norm, specs)
+
+    def stored(self, specs: Any) -> Any:
+        """The plan with the dtypes in which a run keeps its weights."""
+        return rounding.stored(specs, self.master_dtype)
 
     def lr_at(self, tokens: Tokens) -> jax.Array:
         """Learning rate after this many tokens, float32."""

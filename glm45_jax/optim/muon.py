@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from glm45_jax import params as plan
 from glm45_jax import sharding
-from glm45_jax.optim import mixed
+from glm45_jax.optim import mixed, rounding
 from glm45_jax.optim.schedules import Cosine, Schedule, Tokens
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # Source: spec 2.7
@@ -57,6 +57,7 @@ class Muon:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     momentum_dtype: Literal["bfloat16", "float32"] = "float32"
     clip_norm: float | None = 1.0  # UNVERIFIED for GLM
+    master_dtype: rounding.MasterDtype = "float32"  # of the weights, see `rounding`
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= self.momentum < 1:
@@ -67,8 +68,12 @@ class Muon:
     def build(self, specs: Any) -> optax.GradientTransformation:
         """Updates for a learning rate of 1; the train step multiplies them by `lr_at`."""
         numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del numbers["lr"], numbers["schedule"]
+        del numbers["lr"], numbers["schedule"], numbers["master_dtype"]
         return muon(1.0, specs=specs, **numbers)
+
+    def stored(self, specs: Any) -> Any:
+        """The plan with the dtypes in which a run keeps its weights."""
+        return rounding.stored(specs, self.master_dtype)
 
     def lr_at(self, tokens: Tokens) -> jax.Array:
         """Learning rate after this many tokens, float32."""
@@ -171,6 +176,19 @@ def newton_schulz(x_Bmn: jax.Array, *, steps: int = 5, dtype: Any = jnp.bfloat16
     Source: spec 2.7 (five quintic steps after division by the Frobenius norm, as Moonlight).
     """
     return _iterate(x_Bmn.astype(dtype), steps=steps)
+
+
+def newton_schulz_flops(specs: Any, steps: int = 5) -> float:
+    """FLOPs of the iterations for every matrix of a plan, 2 a multiply-add, no symmetry used: with
+    sides m <= n a step has two products of m·m·n and one of m·m·m.
+    """
+    total = 0.0
+    for spec in jax.tree.leaves(specs, is_leaf=plan.is_spec):
+        if spec.kind == "matrix":
+            stacked, *sides = spec.matrix_shape
+            m, n = sorted(sides)
+            total += stacked * steps * (4.0 * m * m * n + 2.0 * m**3)
+    return total
 
 
 def orthogonal(

@@ -31,6 +31,11 @@ def parser() -> argparse.ArgumentParser:
         "--install", action="store_true", help="fetch the target's compiler where it is missing"
     )
     p.add_argument("--estimate", action="store_true", help="compile nothing; exit code 3")
+    p.add_argument(
+        "--choose-remat",
+        action="store_true",
+        help="keep as much of a block as fits by estimate, whatever the experiment says",
+    )
     p.add_argument("--limit-s", type=float, default=3600.0, help="of the compiling, by the clock")
     p.add_argument("--limit-gib", type=float, default=16.0, help="of its memory on this machine")
     p.add_argument("--inference", action="store_true", help="print the cards that serve each model")
@@ -63,9 +68,14 @@ def _plan(args: argparse.Namespace) -> tuple[str, int]:
     exp = values.override(values.find(args.experiment)(), args.set)
     first = exp.spans[0].stage
     stage = args.stage or (first.name if first is not None else None)
-    job = compiling.Job(args.experiment, str(target), tuple(args.set), stage)
     part, rows = compiling.part(exp, stage)
     nearest.check(part, rows, target)
+    sets = list(args.set)
+    if args.choose_remat:
+        fitting = [p.name for p in nearest.policies(part, rows, target) if p.fits]
+        sets.append(f"model.remat={fitting[0] if fitting else nearest.REMAT[-1]}")
+        part, rows = compiling.part(values.override(exp, sets[-1:]), stage)
+    job = compiling.Job(args.experiment, str(target), tuple(sets), stage)
     missing = wheels.missing(target.chip.platform)
     if missing and args.install:
         sys.stderr.write(f"fetching into {wheels.folder(target.chip.platform)}\n")

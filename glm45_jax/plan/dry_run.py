@@ -9,12 +9,13 @@ from typing import Any
 
 from glm45_jax.model import cost
 from glm45_jax.model.expert_parallel import default_exchange
+from glm45_jax.plan.plot import plot
 from glm45_jax.sharding import AXES, MeshShape, check_batch, check_divides, check_experts, ways
 
 
 def table(exp: Any) -> str:
     """What the run would be, as a table: parameters, FLOPs, memory a device by term, schedule or
-    stages. Allocates nothing.
+    stages, and a plot of them. Allocates nothing.
     """
     check_rows(exp)
     counts = cost.param_counts(exp.model)
@@ -45,9 +46,8 @@ def table(exp: Any) -> str:
         "memory a device, GiB (E: estimate)" + (", of the largest stage" if exp.stages else ""),
         *(f"  {term:<24}{size / 2**30:10.3f}" for term, size in worst.items()),
     ]
-    return "\n".join(
-        lines + (_stages(exp, parts, memory) if exp.stages else _schedule(exp, tokens))
-    )
+    schedule = _stages(exp, parts, memory) if exp.stages else _schedule(exp, tokens)
+    return "\n".join([*lines, *schedule, *plot(parts, exp.train.steps)])
 
 
 def _schedule(exp: Any, tokens: float) -> list[str]:

@@ -18,6 +18,7 @@ from glm45_jax import sharding
 from glm45_jax.kernels import attention
 from glm45_jax.model import cost
 from glm45_jax.optim.muon import Muon
+from glm45_jax.plan import roofline
 from glm45_jax.plan.targets import Target
 from glm45_jax.sharding import AXES, MeshShape
 
@@ -27,6 +28,7 @@ from glm45_jax.sharding import AXES, MeshShape
 SCORE_ARRAYS = 2.0
 LONG = 16_384  # tokens of rows that are worth splitting
 MARGIN = 0.95  # of the memory that a setting may fill by estimate
+REMAT = ("none", "dots", "outputs", "full")  # what a block keeps, most first: least is made twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,18 @@ class Setting:
         """To be pasted behind the command."""
         told = (f"{path}={value}" for path, value in self.changes)
         return " ".join(f'--set "{t}"' if "(" in t else f"--set {t}" for t in told)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A remat policy. bytes: of a device with it, by estimate. again_s: arithmetic of a step that
+    it does twice, at the chip's full rate.
+    """
+
+    name: str
+    bytes: float
+    again_s: float
+    fits: bool
 
 
 def sizes_of(exp: Any, target: Target) -> dict[str, int]:
@@ -107,6 +121,22 @@ def search(exp: Any, rows: int, target: Target, *, scale: float, wanted: int = 3
     return found
 
 
+def policies(exp: Any, rows: int, target: Target, *, scale: float = 1.0) -> list[Policy]:
+    """Every remat policy with all else as it is, the one that repeats least first; the first that
+    fits is the cheapest. scale: of the estimates, as of `search`.
+    """
+    chip = target.chip
+    flops = cost.flops_per_token(exp.model, exp.data.seq_len)
+    tokens = rows * exp.data.seq_len / target.devices
+    found = []
+    for name in REMAT:
+        changed = _changed(exp, (("model.remat", name),))
+        size = scale * terms(changed, rows, target)["total"]
+        again = tokens * roofline.recomputed(changed.model, flops) / chip.flops
+        found.append(Policy(name, size, again, size <= MARGIN * chip.hbm_bytes))
+    return found
+
+
 def _scores(exp: Any, micro: int, sizes: dict[str, int]) -> float:
     """Bytes of one array of scores on a device."""
     heads = math.ceil(exp.model.mixer.heads / sharding.ways(exp.rules.heads, sizes))
@@ -119,7 +149,7 @@ def _by_distance(exp: Any, rows: int, target: Target) -> Iterator[tuple[float, t
     """(distance, changes) of every combination but none, nearest first."""
     sizes = sizes_of(exp, target)
     micro = rows // exp.train.accum(rows)
-    parts = [_remat(exp), _micro_rows(micro, sizes, exp), _momentum(exp), _meshes(exp, sizes)]
+    parts = [_remat(exp), _micro_rows(micro, sizes, exp), _optimizer(exp), _meshes(exp, sizes)]
     heap: list[tuple[float, int, tuple]] = []
     for number, combined in enumerate(itertools.product(*parts)):
         distance = sum(far for far, _ in combined)
@@ -132,8 +162,7 @@ def _by_distance(exp: Any, rows: int, target: Target) -> Iterator[tuple[float, t
 
 
 def _remat(exp: Any) -> list[tuple[float, tuple]]:
-    kept = ("none", "dots", "outputs", "full")
-    less = kept[kept.index(exp.model.remat) + 1 :]
+    less = REMAT[REMAT.index(exp.model.remat) + 1 :]
     return [(0.0, ()), *((1.0 + 0.1 * i, (("model.remat", r),)) for i, r in enumerate(less))]
 
 
@@ -147,11 +176,18 @@ def _micro_rows(micro: int, sizes: dict[str, int], exp: Any) -> list[tuple[float
     return found
 
 
-def _momentum(exp: Any) -> list[tuple[float, tuple]]:
-    none: list[tuple[float, tuple]] = [(0.0, ())]
-    if not isinstance(exp.optim, Muon) or exp.optim.momentum_dtype == "bfloat16":
-        return none
-    return [*none, (1.2, (("optim.momentum_dtype", "bfloat16"),))]
+def _optimizer(exp: Any) -> list[tuple[float, tuple]]:
+    """Momentum in bfloat16, then weights too (rounded at random): these change the run's numbers,
+    the more the further.
+    """
+    found: list[tuple[float, tuple]] = [(0.0, ())]
+    changes: tuple = ()
+    if isinstance(exp.optim, Muon) and exp.optim.momentum_dtype == "float32":
+        changes = (("optim.momentum_dtype", "bfloat16"),)
+        found.append((1.2, changes))
+    if exp.optim.master_dtype == "float32":
+        found.append((2.4, (*changes, ("optim.master_dtype", "bfloat16"))))
+    return found
 
 
 def _meshes(exp: Any, sizes: dict[str, int]) -> list[tuple[float, tuple]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from glm45_jax.plan import nearest, roofline
@@ -29,7 +30,8 @@ def report(
         f"mesh         {mesh}",
         f"step         {rows:,} rows of {exp.data.seq_len:,} tokens in {rows // micro} "
         f"micro-batches, {micro / target.devices:g} rows a device each",
-        f"kept         remat {exp.model.remat}, parameters float32, activations {exp.model.dtype}",
+        f"kept         remat {exp.model.remat}, parameters {exp.optim.master_dtype}, activations "
+        f"{exp.model.dtype}",
         "memory a device, GiB (E: estimate)",
         *(f"  {term:<26}{size / GIB:10.2f}" for term, size in terms.items()),
     ]
@@ -37,6 +39,7 @@ def report(
     if compiled is not None:
         lines += _compiled(compiled, target)
     lines += _roofline(roofline.of(exp, rows, target, terms, sends), target)
+    lines += _remat(exp, rows, target, compiled, terms["total"])
     text, code = _verdict(exp, rows, target, terms["total"], compiled, missing)
     return "\n".join([*lines, *text]), code
 
@@ -87,6 +90,37 @@ def _roofline(r: roofline.Roofline, target: Target) -> list[str]:
     ]
 
 
+def _held(compiled: Compiled | None) -> float:
+    """Bytes that the compiler asked for, 0 where it did not say."""
+    return 0.0 if compiled is None else compiled.used or compiled.peak
+
+
+def _remat(
+    exp: Any, rows: int, target: Target, compiled: Compiled | None, estimate: float
+) -> list[str]:
+    """What each remat policy would hold and repeat, and the cheapest that fits: the compiled one by
+    what the compiler said, the others by estimate.
+    """
+    held = _held(compiled)
+    scale = max(1.0, held / estimate)
+    times = f" times {scale:.2f}" if scale > 1 else ""
+    found = nearest.policies(exp, rows, target, scale=scale)
+    if held:
+        fits, now = held <= target.chip.hbm_bytes, exp.model.remat
+        found = [
+            dataclasses.replace(p, bytes=held, fits=fits) if p.name == now else p for p in found
+        ]
+    cheapest = next((policy for policy in found if policy.fits), None)
+    lines = [f"remat        GiB a device by estimate{times}; s of arithmetic made twice in a step"]
+    for p in found:
+        word = "" if p.fits else "does not fit"
+        if p == cheapest:
+            word = "the cheapest that fits"
+            word += "" if p.name == exp.model.remat else f": --set model.remat={p.name}"
+        lines.append(f"  {p.name:<26}{p.bytes / GIB:10.2f}{p.again_s:10.3f}   {word}".rstrip())
+    return lines
+
+
 def _verdict(
     exp: Any, rows: int, target: Target, estimate: float, compiled: Compiled | None, missing: str
 ) -> tuple[list[str], int]:
@@ -97,7 +131,7 @@ def _verdict(
         return [f"NOT COMPILED by estimate it {guess}; {missing}"], NOT_COMPILED
     if compiled.error and not compiled.used:
         return [f"NOT COMPILED {compiled.error}"], STOPPED
-    held = compiled.used or compiled.peak
+    held = _held(compiled)
     if held <= room:
         return [f"fits         {held / GIB:.2f} of {room / GIB:.2f} GiB"], FITS
     lines = [f"does not fit {held / GIB:.2f} of {room / GIB:.2f} GiB"]
@@ -106,7 +140,7 @@ def _verdict(
     if not found:
         return [
             *lines,
-            "  no other remat, micro-batch, momentum or mesh fits: more devices",
+            "  no other remat, micro-batch, optimizer's dtypes or mesh fits: more devices",
         ], DOES_NOT_FIT
     lines.append(
         f"  the {len(found)} nearest settings that do, by estimate (times {scale:.2f}, what the "

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from glm45_jax import params as plan
 from glm45_jax.model import cost
 from glm45_jax.model.transformer import specs
+from glm45_jax.optim import muon
 from glm45_jax.plan.hlo import Collective, Counted
 from glm45_jax.plan.targets import Target
 
@@ -65,7 +65,7 @@ def of(exp: Any, rows: int, target: Target, terms: dict[str, float], sends: Any)
     tokens = rows * exp.data.seq_len / n
     flops = cost.flops_per_token(exp.model, exp.data.seq_len)
     again = recomputed(exp.model, flops)
-    muon = newton_schulz_flops(exp.model, exp.optim) / n
+    iterations = newton_schulz_flops(exp.model, exp.optim) / n
     micro = exp.train.accum(rows)
     act = jnp.dtype(exp.model.dtype).itemsize
     state = terms["parameters"] + terms["gradients"] + terms["optimizer"]
@@ -77,8 +77,8 @@ def of(exp: Any, rows: int, target: Target, terms: dict[str, float], sends: Any)
     moved = micro * (once + words) + STATE_PASSES * state
     return Roofline(
         model_flops=tokens * flops.total,
-        compute=(tokens * (flops.total + again) + muon) / chip.flops,
-        muon=muon / chip.flops,
+        compute=(tokens * (flops.total + again) + iterations) / chip.flops,
+        muon=iterations / chip.flops,
         memory=moved / chip.hbm_rate,
         links=None if sends is None else sum(seconds for _, _, seconds in sends.values()),
         peak=chip.flops,
@@ -99,14 +99,7 @@ def recomputed(cfg: Any, flops: cost.Flops) -> float:
 
 def newton_schulz_flops(cfg: Any, optim: Any) -> float:
     """FLOPs of Muon's iterations for all matrices of a model; 0 for other optimizers."""
-    steps = getattr(optim, "steps", 0)
-    total = 0.0
-    for _, spec in plan.leaves_with_path(specs(cfg)):
-        if spec.kind == "matrix":
-            stacked, m, n = spec.matrix_shape
-            short, long = min(m, n), max(m, n)
-            total += stacked * steps * (4.0 * short * short * long + 2.0 * short**3)
-    return total
+    return muon.newton_schulz_flops(specs(cfg), getattr(optim, "steps", 0))
 
 
 def sends(counted: Counted, target: Target) -> dict[str, tuple[float, float, float]]:

@@ -1,5 +1,5 @@
-"""The report of an RL run: `report.md` and plots, made from its `metrics.jsonl`. `write_report`;
-`report_run` also asks the checkpoint for alarms and the pool for `trace.html`.
+"""The report of an RL run: `report.md`, `report.html` and plots, made from its `metrics.jsonl`.
+`write_report`; `report_run` also asks the checkpoint for alarms and the pool for `trace.html`.
 
 Numbers are those of the file, as in `train.report`; the same file gives the same bytes. Seconds by
 phase leave the first batches out, which compile.
@@ -22,7 +22,7 @@ from glm45_jax.rl.alarms import from_json
 from glm45_jax.rl.loop import Outcome
 from glm45_jax.rl.viewer import write_page
 from glm45_jax.tokenizer import Tokenizer
-from glm45_jax.train.report import (
+from glm45_jax.train.curves import (
     BLUE,
     GREEN,
     INK,
@@ -31,14 +31,21 @@ from glm45_jax.train.report import (
     PINK,
     Curves,
     Plot,
-    block,
-    cell,
     draw_curve,
     dress_steps,
     figure_of,
-    table,
     write_plots,
-    write_text,
+)
+from glm45_jax.train.document import (
+    Heading,
+    Items,
+    Link,
+    Paragraph,
+    Part,
+    Picture,
+    Table,
+    Verbatim,
+    write_document,
 )
 
 WARM = 5  # batches, in which programs compile, that no statement of time counts; all if no more are
@@ -74,7 +81,6 @@ def report_run(
         "parameters": f"{counts.total_stored:,} stored, {active:,} active a token",
         "tokens": f"{outcome.tokens:,} trained on in this session",
         "time": f"{outcome.seconds:.0f} s in this session",
-        "samples": f"[token by token]({TRACE})",
     }
     with Checkpoints(workdir / "checkpoints") as saved:
         watched = from_json(saved.sidecars()["rl"]["watched"])
@@ -86,6 +92,7 @@ def report_run(
         title=exp.name,
         facts={name: said for name, said in facts.items() if said},
         alarms=[f"{alarm.rule}: {alarm.message}" for alarm in rung],
+        links=[("token by token", TRACE)],
     )
 
 
@@ -96,11 +103,13 @@ def write_report(
     facts: Mapping[str, str],
     alarms: Sequence[str] = (),
     samples: Sequence[str] = (),
+    links: Sequence[tuple[str, str]] = (),
 ) -> Path:
-    """Path of `report.md`, written with `plots/*.png` beside `workdir/metrics.jsonl`.
+    """Path of `report.md`, written with `report.html` (one file, pictures inside) and `plots/*.png`
+    beside `workdir/metrics.jsonl`.
 
     facts: rows of the first table. alarms: what the rules say at the end of the run. samples: texts
-    that are shown as they are.
+    that are shown as they are. links: (what it is, file beside the report).
 
     Raises: ValueError or FileNotFoundError where there are no metrics to report.
     """
@@ -110,15 +119,16 @@ def write_report(
         raise ValueError(f"{workdir / 'metrics.jsonl'} is empty; train at least one batch")
     run = Curves(rows)
     plots = write_plots(run, workdir / "plots", _PLOTS)
-    parts = [f"# {cell(title)}", table(("run", ""), [(k, cell(v)) for k, v in facts.items()])]
-    parts += ["## Results", table(("", "value"), results(run))]
-    parts += ["## Alarms", *_alarmed(run, alarms)]
-    parts += ["## Time of a batch", table(("phase", "seconds, median"), _times(run))]
+    parts: list[Part] = [Table(("run", ""), list(facts.items()))]
+    parts += [Link(said, name) for said, name in links]
+    parts += [Heading("Results"), Table(("", "value"), results(run))]
+    parts += [Heading("Alarms"), *_alarmed(run, alarms)]
+    parts += [Heading("Time of a batch"), Table(("phase", "seconds, median"), _times(run))]
     if plots:
-        parts += ["## Curves", *(f"![{alt}](plots/{name})" for name, alt in plots)]
+        parts += [Heading("Curves"), *(Picture(f"plots/{name}", alt) for name, alt in plots)]
     if samples:
-        parts += ["## Samples", *map(block, samples)]
-    return write_text(workdir / "report.md", parts)
+        parts += [Heading("Samples"), *map(Verbatim, samples)]
+    return write_document(workdir, title, parts)
 
 
 def _text_of(tokenizer: Tokenizer, token: int) -> str:
@@ -187,14 +197,14 @@ def _times(run: Curves) -> list[tuple[str, str]]:
     return rows
 
 
-def _alarmed(run: Curves, alarms: Sequence[str]) -> list[str]:
+def _alarmed(run: Curves, alarms: Sequence[str]) -> list[Part]:
     """What rang when, and what rings at the end."""
     steps, rung = run.series("watch/alarms")
     loud = [int(step) for step, n in zip(steps, rung, strict=True) if n]
     first = f"Rules spoke after {len(loud)} of {len(steps)} batches"
-    parts = [first + (f": {_spans(loud)}." if loud else ".")]
+    parts: list[Part] = [Paragraph(first + (f": {_spans(loud)}." if loud else "."))]
     if alarms:
-        parts.append("At the end of the run:\n\n" + "\n".join(f"- {cell(one)}" for one in alarms))
+        parts += [Paragraph("At the end of the run:"), Items(alarms)]
     return parts
 
 

@@ -254,8 +254,8 @@ def _writers(exp: Any, workdir: pathlib.Path, start: int) -> list[metrics.Writer
     if jax.process_index() != 0:
         return []
     return [
+        exp.tracker.open(exp, workdir, start + 1),
         metrics.Jsonl.open_resumed(workdir / "metrics.jsonl", start + 1 if start else 0),
-        metrics.TensorBoard(workdir / "tensorboard", purge_step=start + 1),
         metrics.Progress(exp.train.steps, start),
     ]
 

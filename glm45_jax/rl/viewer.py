@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import html
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from glm45_jax.rl import rows
 from glm45_jax.rl.ledger import Ledger
 from glm45_jax.rl.trajectory import Trajectory
+from glm45_jax.train.document import END, html_table, start, text
 
 BATCHES = 2  # shown unless told; the last ones
 GROUPS = 8  # of a batch
@@ -30,13 +30,11 @@ SHADE_NATS = 0.5  # a colour each; the last is for all that is less likely
 VERSION_COLOURS = 6
 
 _STYLE = """
-body{font:14px/1.5 system-ui,sans-serif;margin:2em auto;max-width:75em;color:#222;background:#fff}
-table{border-collapse:collapse;margin:.5em 0}td,th{border:1px solid #ccc;padding:.1em .6em;
-text-align:left;font-variant-numeric:tabular-nums}summary{cursor:pointer}
-details{margin:.4em 0 .4em 1em}pre,.tokens{white-space:pre-wrap;overflow-wrap:anywhere;
-background:#f7f7f7;padding:.6em;font:13px/1.9 ui-monospace,monospace}
+summary{cursor:pointer}details{margin:.4em 0 .4em 1em}
+.tokens{white-space:pre-wrap;overflow-wrap:anywhere;background:#f7f7f7;padding:.6em;
+font:13px/1.9 ui-monospace,monospace}
 .tokens span{border-bottom:3px solid transparent;margin-right:1px}.given{color:#999}
-.plus{color:#0a6b2d}.minus{color:#a11}.hidden{background:#222;color:#fff}
+.plus{color:#0a6b2d}.minus{color:#a11}
 """
 
 
@@ -53,12 +51,7 @@ def page(
     ledger: Ledger, *, shown: Shown = Shown(), decode: Callable[[int], str] | None = None
 ) -> Iterator[str]:
     """The page in pieces. decode: text of an id; None shows ids. What is left out is said."""
-    yield (
-        "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta http-equiv='Content-Security-Policy' "
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{text(ledger.run)}: pool</title><style>{_STYLE}{_colours()}</style></head><body>"
-    )
+    yield start(f"{ledger.run}: pool", _STYLE + _colours())
     with ledger.read() as db:
         yield f"<h1>{text(ledger.run)}</h1>{_table(rows.counts(db))}{_legend()}"
         batches = rows.scalar(db, rows.BATCHES)
@@ -66,26 +59,7 @@ def page(
         yield _left_out(first, batches, "batches", "--batches")
         for batch in range(first, batches):
             yield from _batch(ledger, batch, shown, decode)
-    yield "</body></html>\n"
-
-
-def text(value: object) -> str:
-    """Any text as HTML that shows it: markup is escaped, what is invisible (controls, marks that
-    turn the direction, halves of a surrogate pair) becomes a visible code point.
-    """
-    return "".join(
-        html.escape(one, quote=True)
-        if one in "\n\t" or (one.isprintable() or one == " ")
-        else f"<span class='hidden'>U+{ord(one):04X}</span>"
-        for one in str(value)
-    )
-
-
-def attribute(value: object) -> str:
-    """Any text as the inside of a quoted attribute."""
-    return html.escape(
-        "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in str(value)), quote=True
-    )
+    yield END
 
 
 def write_page(
@@ -206,11 +180,7 @@ def _message(message: Any) -> str:
 
 
 def _table(values: Any) -> str:
-    cells = "".join(
-        f"<tr><th>{text(name)}</th><td>{text(_number(value))}</td></tr>"
-        for name, value in dict(values).items()
-    )
-    return f"<table>{cells}</table>"
+    return html_table([(name, _number(value)) for name, value in dict(values).items()])
 
 
 def _number(value: object) -> object:

@@ -26,6 +26,7 @@ from glm45_jax.metrics import Window
 from glm45_jax.train.goodput import Goodput
 from glm45_jax.train.guard import keep_batch, kept_batches
 from glm45_jax.train.parallel import Trainer
+from glm45_jax.train.profile import Tracing
 from glm45_jax.train.state import Train, TrainState
 from glm45_jax.train.step import StepOut
 from glm45_jax.train.watchdog import Watchdog
@@ -123,13 +124,16 @@ def run_steps(
     saver = _Saver(checkpoints, trainer, source, sidecars, spent, train.save_every, start)
     why: Why = "done"
     watchdog = Watchdog(workdir / "hung" / f"host{jax.process_index()}.txt", train.hung_after_s)
+    traced = Tracing(workdir / "profile", train.profile if jax.process_index() == 0 else ())
     spent.spent("start")
-    with stop_signals() as stop, contextlib.closing(source.iterate(start)) as batches, watchdog:
+    batches = source.iterate(start)
+    with stop_signals() as stop, contextlib.closing(batches), watchdog, contextlib.closing(traced):
         while step < train.steps:
             batch = next(batches)
             spent.spent("data")
-            state, out = trainer.step(state, batch)
-            read = _read(out)
+            with traced.step(step + 1):
+                state, out = trainer.step(state, batch)
+                read = _read(out)
             watchdog.beat()
             if read.skipped or not read.ok:
                 _leave_out(workdir, step, batch, read)

@@ -106,8 +106,8 @@ class Recipe:
 
     @functools.cached_property
     def specs(self) -> Any:
-        """Plan of the weights."""
-        return transformer.specs(self.cfg)
+        """Plan of the weights, in the dtypes that the optimizer keeps them in."""
+        return self.optim.stored(transformer.specs(self.cfg))
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -167,6 +167,7 @@ def make_trainer(
 
 def _mesh_trainer(where: MeshShape, recipe: Work, rules: Rules, devices: Any) -> Trainer:
     mesh = sharding.make_mesh(where, devices)
+    replicated = NamedSharding(mesh, PartitionSpec())
     init = functools.partial(init_state, recipe.specs, recipe.tx)
     shapes = jax.eval_shape(init, jax.random.key(0))
     layout = state_shardings(shapes, recipe.specs, mesh, rules)
@@ -178,8 +179,6 @@ def _mesh_trainer(where: MeshShape, recipe: Work, rules: Rules, devices: Any) ->
 
         return call
 
-    replicated = NamedSharding(mesh, PartitionSpec())
-
     @functools.partial(
         jax.jit, static_argnames="accum", donate_argnums=0, out_shardings=(layout, replicated)
     )
@@ -190,7 +189,8 @@ def _mesh_trainer(where: MeshShape, recipe: Work, rules: Rules, devices: Any) ->
     nll = jax.jit(placed(recipe.nll), out_shardings=replicated)
     logp = jax.jit(placed(recipe.logp), static_argnames="accum", out_shardings=replicated)
     begin = jax.jit(functools.partial(state_of, recipe.tx), donate_argnums=0, out_shardings=layout)
-    copied = jax.jit(_copied, out_shardings=layout.params)
+    kept = functools.partial(_kept, like=shapes.params)
+    copied = jax.jit(lambda p: kept(_copied(p)), out_shardings=layout.params)
 
     def place(params: Any) -> Any:
         # device_put shares what already lies right (replicated leaves, on one of their devices),
@@ -218,7 +218,7 @@ def _mesh_trainer(where: MeshShape, recipe: Work, rules: Rules, devices: Any) ->
         nll=lambda state, batch: _floats(nll(state.params, put(batch))),
         logp=take_logp,
         save_view=lambda state: state,
-        load_view=lambda state: state,
+        load_view=lambda state: state.replace(params=kept(state.params)),
         check_rows=functools.partial(sharding.check_batch, sizes=mesh.shape, rules=rules),
         abstract=abstract,
         lower=lower,
@@ -250,7 +250,9 @@ def _pmap_trainer(where: Pmap, recipe: Work, devices: Any) -> Trainer:
         lambda params, batch, accum: recipe.logp(params, batch, accum=accum),
         static_broadcasted_argnums=2,
     )
-    begin = jax.jit(functools.partial(state_of, recipe.tx))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    kept = functools.partial(_kept, like=shapes.params)
+    begin = jax.jit(lambda params, key: state_of(recipe.tx, kept(params), key))
     hosts, first = jax.process_count(), SingleDeviceSharding(used[0])
 
     def split(batch: Any) -> Any:
@@ -270,16 +272,15 @@ def _pmap_trainer(where: Pmap, recipe: Work, devices: Any) -> Trainer:
     def check_rows(rows: int) -> None:
         sharding.check_divides(rows, total, "pmap devices", "mesh=Pmap(devices=...)")
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
     return Trainer(
         init=lambda key: spread(jax.jit(init)(key)),
         begin=lambda params, key: spread(begin(jax.device_put(params, first), key)),
-        place=lambda params: spread(jax.device_put(params, first)),
+        place=lambda params: spread(kept(jax.device_put(params, first))),
         step=take_step,
         nll=lambda state, batch: _floats(_first_copy(nll(state.params, split(batch)))),
         logp=take_logp,
         save_view=_first_copy,
-        load_view=spread,
+        load_view=lambda state: spread(state.replace(params=kept(state.params))),
         check_rows=check_rows,
         abstract=jax.tree.map(lambda x: _placed(x, first), shapes),
         lower=_refuse_pmap,
@@ -310,6 +311,13 @@ def _refuse_pmap(_: Any) -> Any:
 
 def _rows(batch: Any) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _kept(params: Any, like: Any) -> Any:
+    """Weights in the dtypes in which a state keeps them; where they have these, the same arrays."""
+    return jax.tree.map(
+        lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype), params, like
+    )
 
 
 def _copied(tree: Any) -> Any:

@@ -39,6 +39,7 @@ class Train:
     ramp). micro_rows: at most this many sequences a forward pass, over all devices (None: the whole
     batch). save_every 0: only at the end. guard: which steps are left out. hung_after_s: ends the
     process where no step finishes for so many seconds (`train.watchdog`); 0 waits for ever.
+    profile: steps, from 1, of which the first host writes a trace (`train.profile`).
     Source: spec 5.2; the three switches at 15T tokens are `Steps` values.
     """
 
@@ -58,6 +59,7 @@ class Train:
     validate_rows: int = 64
     guard: Guard = Guard()
     hung_after_s: float = 0.0
+    profile: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rows < 1:
@@ -66,6 +68,8 @@ class Train:
             raise ValueError(f"start_rows {self.start_rows} is not between 1 and rows {self.rows}")
         if self.hung_after_s < 0:
             raise ValueError(f"hung_after_s {self.hung_after_s} is negative; 0 waits for ever")
+        if min(self.profile, default=1) < 1:
+            raise ValueError(f"profile {self.profile}: steps are counted from 1")
 
     def ramp(self, seq_len: int) -> BatchRamp:
         """Rows of each step."""

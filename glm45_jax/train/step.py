@@ -19,6 +19,7 @@ from glm45_jax import params as params_lib
 from glm45_jax.data.types import Batch
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.model.transformer import Params
+from glm45_jax.optim import rounding
 from glm45_jax.optim.schedules import tokens_add, tokens_float
 from glm45_jax.train.guard import Guard, judge, select
 from glm45_jax.train.loss import LossOut, Weights, count, loss
@@ -96,7 +97,9 @@ def descend(
 
     tokens: places of the batch, which the schedules count. bias_rate: of the router biases; None
     leaves them alone, and then `out.load_LE` need not have all of their layers.
+    Raises: ValueError for a plan whose dtypes are not those of `optim.stored`.
     """
+    rounding.check(specs, optim.master_dtype)
     grad_norm = optax.tree.norm(grads)
     verdict = judge(guard, state.level, state.step, out.loss, grad_norm)
     tokens_seen = tokens_add(state.tokens_seen, tokens)
@@ -104,9 +107,7 @@ def descend(
         tokens_float(tokens_seen)
     )  # at the batch's end: the first step of a warmup moves
     updates, opt = tx.update(grads, state.opt, state.params)
-    params = jax.tree.map(
-        lambda w, u: w + (lr * u.astype(jnp.float32)).astype(w.dtype), state.params, updates
-    )
+    params = rounding.moved(state.params, updates, lr, state.key)
     if bias_rate is not None:
         params = move_bias(params, out.load_LE, bias_rate)
     now = TrainState(
@@ -162,6 +163,8 @@ def gradients(
             return out.loss, out
 
         (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
+        # Of bfloat16 weights they are bfloat16: a sum over parts in it would lose the small ones.
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return grads, out.replace(tokens=count(micro).tokens)
 
     return _global(summed(one, batch, accum), axis_name)

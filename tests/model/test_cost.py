@@ -1,6 +1,7 @@
 """Laws of cost: published parameter counts, FLOPs as XLA's, bytes as shards and traces hold."""
 
 import dataclasses
+import functools
 import math
 import types
 
@@ -12,6 +13,7 @@ from numpy.testing import assert_allclose
 
 from glm45_jax import params, sharding
 from glm45_jax.model import config, cost, transformer
+from glm45_jax.model.context_parallel import GatherKeys, RingKeys, spread_rows
 from glm45_jax.optim.mixed import AdamW
 from glm45_jax.optim.muon import Muon
 
@@ -122,11 +124,15 @@ def test_an_unknown_device_is_measured_once_and_says_so():
     assert cost.peak_flops(jax.devices("cpu")[0]) == (peak, source)
 
 
-@pytest.mark.parametrize("optim", [Muon(), AdamW()], ids=("muon", "adamw"))
+@pytest.mark.parametrize(
+    "optim",
+    [Muon(), AdamW(), Muon(master_dtype="bfloat16", momentum_dtype="bfloat16")],
+    ids=("muon", "adamw", "muon in bfloat16"),
+)
 def test_counted_bytes_are_those_of_the_arrays_on_a_device(optim):
     shape, rules = sharding.MeshShape(fsdp=2, expert=2, tensor=2), sharding.Rules()
     mesh = sharding.make_mesh(shape)
-    specs = transformer.specs(TINY)
+    specs = optim.stored(transformer.specs(TINY))
     layouts = sharding.shardings(specs, mesh, rules)
     weights = jax.tree.map(
         lambda x, layout: jax.device_put(np.zeros(x.shape, x.dtype), layout),
@@ -199,6 +205,83 @@ def test_saved_activations_are_what_a_trace_saves(remat, moe, tiny):
 
     tolerance = 0.05 if remat == "none" else 1e-9
     assert_allclose(estimate(3) - estimate(2), traced, rtol=tolerance)
+
+
+def sent(jaxpr, found):
+    """(primitive, bytes of the larger side) of each collective, those of inner programs too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("all_gather", "reduce_scatter", "ppermute"):
+            sides = [
+                sum(v.aval.size * v.aval.dtype.itemsize for v in side)
+                for side in (eqn.invars, eqn.outvars)
+            ]
+            found.add((eqn.primitive.name, max(sides)))
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                sent(inner, found)
+    return found
+
+
+@mixers
+@pytest.mark.parametrize("keys", [None, GatherKeys(), RingKeys()], ids=str)
+def test_keys_of_other_devices_are_those_that_a_trace_sends(keys, tiny):
+    """Gathered: what arrives, and twice the float32 gradients that are scattered. In a ring: twice
+    what is passed on.
+    """
+    rows, T = 4, 32
+    shape, rules = sharding.MeshShape(fsdp=2, context=4), sharding.Rules(keys=keys)
+    cfg = dataclasses.replace(tiny, dtype="bfloat16")
+    mixer, mesh = cfg.mixer, sharding.make_mesh(shape)
+    latent = isinstance(mixer, config.Mla)
+    heads, widths = mixer.heads, (mixer.qk_dim, mixer.v_dim) if latent else (mixer.head_dim,) * 2
+    kv_heads = heads if latent else mixer.kv_heads
+
+    def attention(q, k, v):
+        with sharding.use(mesh, rules):
+            return spread_rows(q, k, v).astype(jnp.float32).sum()
+
+    args = [
+        jax.ShapeDtypeStruct((rows, T, n, width), jnp.bfloat16)
+        for n, width in ((heads, widths[0]), (kv_heads, widths[0]), (kv_heads, widths[1]))
+    ]
+    traced = sent(jax.make_jaxpr(jax.grad(attention, (0, 1, 2)))(*args).jaxpr, set())
+    one = {name: max(size for n, size in traced if n == name) for name, _ in traced}
+    if isinstance(keys, RingKeys):
+        passed = {size for name, size in traced if name == "ppermute"}
+        assert len(passed) == 2  # keys and values; their gradients
+        expected = 2 * sum(passed)
+    else:
+        expected = one["all_gather"] + 2 * one["reduce_scatter"]
+    memory = functools.partial(
+        cost.memory_per_device, cfg, optim=Muon(), rules=rules, rows=rows, seq_len=T
+    )
+    held = memory(mesh_sizes=shape.resolve(8))
+    assert held["E keys of other devices"] == expected
+    whole = memory(mesh_sizes=sharding.MeshShape(fsdp=8).resolve(8))
+    assert whole["E keys of other devices"] == 0
+    assert_allclose(held["total"], sum(v for k, v in held.items() if k != "total"))
+
+
+def test_bfloat16_masters_halve_weights_and_gradients_but_not_their_sum():
+    def memory(optim):
+        return cost.memory_per_device(
+            config.glm45(),
+            optim=optim,
+            mesh_sizes=sharding.MeshShape(fsdp=64, expert=8).resolve(512),
+            rules=sharding.Rules(),
+            rows=512,
+            seq_len=4096,
+            accumulate=True,
+        )
+
+    full, half = memory(Muon()), memory(Muon(master_dtype="bfloat16"))
+    for term in ("parameters", "gradients"):
+        assert_allclose(half[term], full[term] / 2, rtol=5e-3)  # routers, norms, biases
+    for term in full.keys() - {"parameters", "gradients", "total"}:
+        assert half[term] == full[term], term
 
 
 def test_terms_fall_with_the_axes_that_split_them_and_the_total_is_their_sum():

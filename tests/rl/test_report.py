@@ -5,7 +5,7 @@ from PIL import Image
 
 from glm45_jax.metrics import Jsonl, read_jsonl
 from glm45_jax.rl.report import PHASES, WARM, results, write_report
-from glm45_jax.train.report import Curves
+from glm45_jax.train.curves import Curves
 
 BATCHES, LOUD = 12, (3, 4, 5, 9)
 
@@ -84,6 +84,16 @@ def test_the_same_metrics_give_the_same_bytes_and_every_plot_is_there(tmp_path):
         if name.endswith(".png"):
             with Image.open(tmp_path / "plots" / name) as image:
                 assert image.size[0] > 500
+
+
+def test_the_page_says_the_same_and_shows_what_is_hostile(tmp_path):
+    write_metrics(tmp_path)
+    bad = "</pre><script>alert(1)</script>"
+    report(tmp_path, alarms=[bad], samples=[bad], links=[(bad, "trace.html")])
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") == 3
+    assert "<a href='trace.html'>" in page and "Rules spoke after 4 of 12 batches: 3-5, 9." in page
+    assert page.count("src='data:image/png;base64,") == page.count("src=") == 4
 
 
 @pytest.mark.parametrize("drop", ["eval", "reward", "length", "seconds"])

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from glm45_jax.rl.ledger import Ledger
 from glm45_jax.rl.pool import Pool, Prompt, Rules
 from glm45_jax.rl.trajectory import Trajectory
-from glm45_jax.rl.viewer import Shown, attribute, main, page, text, write_page
+from glm45_jax.rl.viewer import Shown, main, page, write_page
+from glm45_jax.train.document import attribute, text
 
 ROOT = Path(__file__).resolve().parents[2]
 TAGS = set(

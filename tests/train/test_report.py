@@ -1,7 +1,12 @@
-"""Laws of the report: its numbers are those of the metrics file, it is the same every time."""
+"""Laws of the report: its numbers are those of the metrics file, it is the same every time, and its
+page says the same and needs no other file.
+"""
 
+import base64
 import math
 import re
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +37,11 @@ def write_metrics(workdir, *, steps=60, layers=2, experts=4, drop=()):
             "grad_norm": 1 + left,
             "tokens": 4096.0 * step,
             "load_max_over_mean": 1 + left,
+            "update_rms/matrix": 2e-4 * left,
+            "update_rms/embed": 1e-3 * left,
+            "goodput": 0.5 + step / (2 * steps),
+            "lost_s/start": 12.5,
+            "lost_s/down": 0.5 * step,
         }
         if step > 1:
             scalars |= {"tokens_per_s": 50_000 + 100 * key.normal(), "mfu": 0.123 + 0.001 * step}
@@ -87,33 +97,132 @@ def test_the_numbers_of_the_report_are_those_of_the_metrics_file(tmp_path):
     assert table["parameters"] == r"1,234 stored \| 56 active"
 
 
-def test_every_plot_is_linked_and_is_a_picture_with_something_in_it(tmp_path):
-    write_metrics(tmp_path)
-    text = report(tmp_path, stages=[("pretrain", 1), ("midtrain", 40)]).read_text()
+STAGES = [("pretrain", 1), ("midtrain", 41)]
+PLOTS = {
+    "loss.png": LOSSES,
+    "stages.png": (),  # drawn where there are stages, from the losses
+    "load.png": ("load",),
+    "bias.png": ("bias",),
+    "lr.png": ("lr",),
+    "update.png": ("update_rms/matrix", "update_rms/embed"),
+    "speed.png": ("mfu", "tokens_per_s"),
+    "goodput.png": ("goodput",),
+}
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """(folder, rows, text) of a report with everything in it, made once."""
+    folder = tmp_path_factory.mktemp("run")
+    rows = write_metrics(folder)
+    return folder, rows, report(folder, stages=STAGES, samples=[("Once", " upon")]).read_text()
+
+
+def test_every_plot_is_linked_and_is_a_picture_with_something_in_it(told):
+    folder, _, text = told
     links = re.findall(r"!\[.+\]\((.+)\)", text)
-    assert links == ["plots/loss.png", "plots/load.png", "plots/lr.png", "plots/bias.png"]
+    assert links == [f"plots/{name}" for name in PLOTS]
     for link in links:
-        with Image.open(tmp_path / link) as image:
+        with Image.open(folder / link) as image:
             assert image.width >= 1200
             assert len(image.convert("RGB").getcolors(1_000_000)) > 50
 
 
-def test_the_same_inputs_give_the_same_bytes_also_over_an_older_report(tmp_path):
-    found = []
-    for name in ("a", "b", "b"):
-        if not (tmp_path / name).exists():
-            write_metrics(tmp_path / name)
-        report(tmp_path / name, samples=[("Once", " upon")], stages=[("pretrain", 1)])
-        files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
-        found.append({str(p.relative_to(tmp_path / name)): p.read_bytes() for p in files})
-    assert found[0] == found[1] == found[2]
-    assert len(found[0]) == 6
+def test_each_stage_has_its_row_with_the_numbers_of_its_steps(told):
+    _, rows, text = told
+    for name, steps in (("pretrain", rows[:40]), ("midtrain", rows[40:])):
+        losses = [row.scalars["loss/ce"] for row in steps]
+        timed = [row.scalars for row in steps if "mfu" in row.scalars]
+        line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        assert line == (
+            f"| {name} | {steps[0].step} to {steps[-1].step} | {np.mean(losses[:10]):.4f} | "
+            f"{np.mean(losses[-10:]):.4f} | {np.median([x['tokens_per_s'] for x in timed]):,.0f} | "
+            f"{100 * np.median([x['mfu'] for x in timed]):.2f} % |"
+        )
 
 
-PLOTS = {"loss.png": LOSSES, "load.png": ("load",), "lr.png": ("lr",), "bias.png": ("bias",)}
+class Page(HTMLParser):
+    """What a browser takes from a page: tags, cells of tables, pictures, and other text."""
+
+    def __init__(self, body):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.pictures, self.words, self.open = set(), [], [], []
+        self.feed(body)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag == "img":
+            self.pictures.append(dict(attrs))
+        assert {name for name, _ in attrs} <= {"charset", "http-equiv", "content", "lang"} | {
+            *("alt", "src", "href", "class")
+        }
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
 
 
-@pytest.mark.parametrize("plot", PLOTS)
+def test_the_page_says_what_the_report_says_with_every_picture_inside(told):
+    folder, _, text = told
+    page = Page((folder / "report.html").read_text())
+    for name, values in cells(text).items():
+        for said in (name, *values.split(" | ")):
+            assert not said or said.replace("\\|", "|") in page.words
+    assert "Once⟶ upon" in page.words
+    found = [p["src"].partition("data:image/png;base64,")[2] for p in page.pictures]
+    plots = [(folder / "plots" / name).read_bytes() for name in PLOTS]
+    assert [base64.b64decode(one) for one in found] == plots
+
+
+def test_the_page_loads_and_runs_nothing(told):
+    body = (told[0] / "report.html").read_text()
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in body
+    bare = re.sub(r"src='data:image/png;base64,[A-Za-z0-9+/=]+'", "", body)
+    assert not re.search(r"https?:|url\(|@import|<script|<link|src=|href=|\bon\w+=", bare)
+
+
+HOSTILE = [
+    "</pre></td><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "' onmouseover='alert(1) \" x=",
+    "</title><svg/onload=alert(1)> &lt;b&gt; <!--",
+    "\0\x1b[31m \u202edaeh \ud800",
+]
+
+
+@pytest.mark.parametrize("said", HOSTILE)
+def test_hostile_texts_are_only_shown_on_the_page(tmp_path, said):
+    writer = Jsonl(tmp_path / "metrics.jsonl")
+    writer.write(1, {"loss/ce": math.nan}, {})
+    writer.close()
+    report(tmp_path, title=said, facts={said: said}, samples=[(said, said)])
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags <= {*("html head meta title style body h1 h2 table tr th td pre span".split())}
+    visible = "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in said)
+    assert "".join(page.words).count(visible) == 6  # title, heading, name, value, sample twice
+
+
+def test_the_same_inputs_give_the_same_bytes_also_over_an_older_report(told, tmp_path):
+    def files_of(folder):
+        return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    first = files_of(told[0])
+    assert len(first) == 3 + len(PLOTS)
+    (tmp_path / "metrics.jsonl").write_bytes(first[Path("metrics.jsonl")])
+    (tmp_path / "plots").mkdir()
+    for name in ("report.md", "report.html", "plots/loss.png"):
+        (tmp_path / name).write_text("of a run before")
+    report(tmp_path, stages=STAGES, samples=[("Once", " upon")])
+    assert files_of(tmp_path) == first
+
+
+@pytest.mark.parametrize("plot", [plot for plot, names in PLOTS.items() if names])
 def test_what_was_not_logged_is_not_plotted_and_an_old_plot_of_it_goes(tmp_path, plot):
     others = [name for other, names in PLOTS.items() if other != plot for name in names]
     write_metrics(tmp_path, steps=12, drop=others)
@@ -127,7 +236,7 @@ def test_what_was_not_logged_is_not_plotted_and_an_old_plot_of_it_goes(tmp_path,
 
 
 def test_a_dense_model_and_a_run_of_one_step_have_reports(tmp_path):
-    write_metrics(tmp_path, layers=0)
+    write_metrics(tmp_path, steps=2, layers=0)
     text = report(tmp_path).read_text()
     assert "load.png" not in text and "loss.png" in text
     write_metrics(tmp_path / "one", steps=1)

@@ -79,9 +79,15 @@ def test_a_switch_happens_at_the_step_that_completes_the_stage_and_not_before():
     assert found[-1].end_step == midtrain.glm45().train.steps
 
 
+def stage_lines(exp):
+    """The words of every stage's line of the dry run, by its name."""
+    words = [line.split() for line in dry_run(exp).splitlines()]
+    names = {stage.name for stage in exp.stages}
+    return {line[0]: line for line in words if line and line[0] in names}
+
+
 def test_the_dry_run_tells_every_stage_its_step_its_rate_and_its_memory():
-    lines = dry_run(midtrain.glm45()).splitlines()
-    told = {line.split()[0]: line.split() for line in lines[-5:]}
+    told = stage_lines(midtrain.glm45())
     assert list(told) == [stage.name for stage in midtrain.STAGES]
     assert told["repositories"][1:6] == ["335,127", "22.00T", "32,768", "2,048", "1,000,000"]
     assert told["general"][-4:] == ["0", "to", "8.67e-05", told["general"][-1]]
@@ -94,8 +100,7 @@ def test_the_stage_of_128k_goes_on_in_its_workdir_with_rows_split_over_devices(n
     assert whole.devices() == long.devices()
     write_claim(whole, tmp_path)
     check_claim(long, tmp_path)
-    needs = {line.split()[0]: float(line.split()[-1]) for line in dry_run(long).splitlines()[-5:]}
-    assert needs["long_agent"] < 71  # GiB: an H100 holds it
+    assert float(stage_lines(long)["long_agent"][-1]) < 71  # GiB: an H100 holds it
 
 
 def test_spans_tile_steps_and_tokens():
@@ -189,6 +194,15 @@ def test_stages_are_visible_in_the_metrics(whole):
     assert [row.scalars["rope_theta"] for row in rows] == [1e4, 1e4, 1e6, 1e6]
     assert {"val/loss", "val/loss_64"} <= rows[1].scalars.keys()
     assert {"val/loss", "val/loss_32"} <= rows[3].scalars.keys()
+
+
+def test_every_stage_has_its_row_in_the_report_and_its_curve(whole):
+    lines = (whole / "report.md").read_text().splitlines()
+    for name, steps in (("short", "1 to 2"), ("long", "3 to 4")):
+        assert any(line.startswith(f"| {name} | {steps} |") for line in lines)
+    plots = {path.stem for path in (whole / "plots").iterdir()}
+    assert {"loss", "stages", "lr", "load", "bias", "update", "speed", "goodput"} == plots
+    assert (whole / "report.html").read_text().count("data:image/png") == len(plots)
 
 
 @pytest.mark.parametrize("stop", [1, 3])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from experiments import pretrain
 from glm45_jax import sharding, values
 from glm45_jax.model import config
 from glm45_jax.plan import command, hlo, inference, nearest, report, roofline, targets, wheels
@@ -283,6 +284,12 @@ def test_long_rows_are_split_where_a_device_cannot_hold_one():
     (setting,) = nearest.search(exp, rows, V5P, scale=1.0, wanted=1)
     assert dict(setting.changes)["mesh.context"] > 1
     assert "--set \"rules.experts=('context',)\"" in setting.text()
+
+
+def test_scores_of_a_row_are_counted_only_where_no_kernel_takes_it():
+    large, small = pretrain.glm45(), pretrain.tiny()  # small: float32, rows of one tile
+    assert not nearest.keeps_scores(large, "tpu") and not nearest.keeps_scores(large, "gpu")
+    assert nearest.keeps_scores(small, "tpu") and not nearest.keeps_scores(small, "gpu")
 
 
 def test_what_a_compiler_says_of_an_overflow_is_read():

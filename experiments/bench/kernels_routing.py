@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.bench.kernels import Contender, copy_gbs, of_jax, race
 from experiments.bench.results import device_name, merge_result
-from glm45_jax.kernels import routing
+from glm45_jax.kernels import routing, routing_gpu
 
 LOOPS = 20
 WIDTH, TOP_K = 4096, 8
@@ -43,9 +43,13 @@ def routing_rows(tokens: int, experts: int) -> list[dict[str, Any]]:
     logits = jax.random.normal(jax.random.key(0), (tokens, experts), jnp.float32)
     bias = 0.01 * jax.random.normal(jax.random.key(1), (experts,), jnp.float32)
     steps: dict[str, Callable[[jax.Array], jax.Array]] = {
-        impl.name: functools.partial(route_step, impl.name, bias) for impl in routing.IMPLS
+        impl.name: functools.partial(route_step, impl.name, bias)
+        for impl in routing.IMPLS
+        if not impl.supports(logits, bias, top_k=TOP_K)
     }
     steps["top_k alone"] = lambda x: x + 1e-9 * jax.lax.top_k(x, TOP_K)[1][:1, :1]
+    if "mosaic" in steps:
+        steps["top_k alone, mosaic"] = lambda x: x + 1e-9 * routing_gpu.top_k(x, TOP_K)[:1, :1]
     contenders: dict[str, Callable[[], Contender]] = {
         name: functools.partial(of_jax, looped(step), logits) for name, step in steps.items()
     }
@@ -55,7 +59,7 @@ def routing_rows(tokens: int, experts: int) -> list[dict[str, Any]]:
         row = {"op": "route", "tokens": tokens, "experts": experts, "impl": name} | found
         if "ms" in found:
             row |= {key: round(found[key] / LOOPS, 5) for key in ("ms", "ms_min", "ms_max")}
-        if name != "top_k alone":
+        if not name.startswith("top_k alone"):
             run = functools.partial(routing.route, top_k=TOP_K, impl=name)
             got = jax.tree.leaves(jax.jit(run)(logits, bias))
             pairs = zip(got, jax.tree.leaves(want), strict=True)
@@ -91,6 +95,15 @@ def copy_rows(tokens: int, experts: int, ceiling: float) -> list[dict[str, Any]]
             one * (1 + TOP_K),
         ),
     }
+    if not routing_gpu.refuses_rows(x):
+        gates = r.gate_MA.reshape(-1)[r.order_R]
+        take = functools.partial(routing_gpu.take_rows, from_R=r.order_R // TOP_K)
+        both = one * (1 + TOP_K)
+        for sizes in (routing_gpu.Rows(), routing_gpu.Rows(16, 4), routing_gpu.Rows(64, 8)):
+            how = f"block {sizes.block}, {sizes.at_once} at once"
+            cases[f"permute, mosaic, {how}"] = (functools.partial(take, rows=sizes), x, both)
+            scaled = functools.partial(take, scale_R=gates, rows=sizes)
+            cases[f"rows times gates, mosaic, {how}"] = (scaled, x, both)
     rows = []
     for name, (f, arg, nbytes) in cases.items():
         (found,) = race({name: functools.partial(of_jax, f, arg)}, samples=10).values()

@@ -123,6 +123,13 @@ def _mosaic(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_):
     return _each_device(flash_attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
 
 
+def _mosaic_tpu(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_):
+    """Pallas on TPU."""
+    from glm45_jax.kernels.attention_tpu import flash_attention  # Pallas is imported where used
+
+    return _each_device(flash_attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
+
+
 def _tiles(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_):
     """Plain XLA; left to the partitioner, its loops would be of the whole batch."""
     return _each_device(tiled_attention, q_BTNH, k_BSKH, v_BSKH, segments_BT)
@@ -139,16 +146,23 @@ def _each_device(flash, q_BTNH, k_BSKH, v_BSKH, segments_BT):
     args = (q_BTNH, k_BSKH, v_BSKH, segments_BT)
     if (ambient := sharding.current()) is None:
         return local(*args)
-    mesh, rules = ambient
-    axes = rules.spec(("batch", None, "kv_heads", "head_dim"))  # a group stays with its keys
-    spec = sharding.fitting(axes, k_BSKH.shape, mesh.shape)
+    spec = _spread(k_BSKH.shape)
     return jax.shard_map(
         local,
-        mesh=mesh,
+        mesh=ambient[0],
         in_specs=(spec, spec, spec, PartitionSpec(spec[0])),
         out_specs=spec,
         check_vma=False,
     )(*args)
+
+
+def _spread(shape) -> PartitionSpec:
+    """How the mesh set by `sharding.use` holds keys."""
+    ambient = sharding.current()
+    assert ambient is not None
+    mesh, rules = ambient
+    axes = rules.spec(("batch", None, "kv_heads", "head_dim"))  # a group stays with its keys
+    return sharding.fitting(axes, shape, mesh.shape)
 
 
 def _mosaic_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
@@ -164,6 +178,18 @@ def _mosaic_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
     if widths not in ((64, 64), (128, 128)):
         return f"mosaic takes heads 64 or 128 wide, not keys and values {widths}"
     return None
+
+
+def _mosaic_tpu_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
+    if (platform := device().platform) != "tpu":
+        return f"mosaic_tpu is for TPU; this is {platform}"
+    from glm45_jax.kernels.attention_tpu import refuses
+
+    rows = k_BSKH.shape[0]
+    if (ambient := sharding.current()) is not None:
+        rows //= sharding.ways(_spread(k_BSKH.shape)[0], ambient[0].shape)
+    why = _not_by_index("mosaic_tpu", q_BTNH, k_BSKH, **masks)
+    return why or refuses(q_BTNH, k_BSKH, v_BSKH, rows=rows)
 
 
 def _not_by_index(
@@ -213,6 +239,7 @@ def _mosaic_yields(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_) -> str | No
 IMPLS = (
     Implementation("mosaic", _mosaic, _mosaic_supports, ("gpu",), _mosaic_yields),
     Implementation("cudnn", _cudnn, _cudnn_supports, ("gpu",)),
+    Implementation("mosaic_tpu", _mosaic_tpu, _mosaic_tpu_supports, ("tpu",)),
     Implementation("tiles", _tiles, _tiles_supports, ("cpu", "gpu", "tpu"), _tiles_yields),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
 )

@@ -7,13 +7,16 @@ there. Softmax in float32 (spec 2.2).
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from glm45_jax import sharding
 from glm45_jax.kernels import attention
-from glm45_jax.kernels.dispatch import Implementation, anything, not_hopper, pick
+from glm45_jax.kernels.dispatch import Implementation, anything, device, not_hopper, pick
 
 NEW_TOKENS = 4  # most that decoding has at once: one drawn, three drafted (spec 2.4)
 
@@ -76,30 +79,59 @@ def reference(q_BTNH, k_LPSKH, v_LPSKH, *, layer, table_BP, start_B, skip=0, lat
     )
 
 
-def _mosaic(q_BTNH, k_LPSKH, v_LPSKH, *, layer, table_BP, start_B, skip=0, latent=False):
-    """Pallas on Hopper; on a mesh each device runs its own rows and heads."""
+def _mosaic(q_BTNH, k_LPSKH, v_LPSKH, *, latent=False, **where):
+    """Pallas on Hopper."""
     from glm45_jax.kernels.decode_attention_gpu import paged_attention  # imports 0.9 s
 
     del latent  # refused
+    return _each_device(paged_attention, q_BTNH, k_LPSKH, v_LPSKH, **where)
+
+
+def _mosaic_tpu(q_BTNH, k_LPSKH, v_LPSKH, *, latent=False, **where):
+    """Pallas on TPU."""
+    from glm45_jax.kernels.decode_attention_tpu import paged_attention
+
+    paged = functools.partial(paged_attention, latent=latent)
+    return _each_device(paged, q_BTNH, k_LPSKH, v_LPSKH, **where)
+
+
+def _each_device(paged, q_BTNH, k_LPSKH, v_LPSKH, *, layer, table_BP, start_B, skip=0):
+    """On a mesh each device runs its own rows and heads."""
 
     def local(q, k, v, layer, table, start):
-        return paged_attention(q, k, v, layer=layer, table_BP=table, start_B=start, skip=skip)
+        return paged(q, k, v, layer=layer, table_BP=table, start_B=start, skip=skip)
 
     args = (q_BTNH, k_LPSKH, v_LPSKH, layer, table_BP, start_B)
     if (ambient := sharding.current()) is None:
         return local(*args)
-    mesh, rules = ambient
-    axes = rules.spec(("batch", None, "kv_heads", "head_dim"))  # a group stays with its keys
-    shape = (q_BTNH.shape[0], 1, *k_LPSKH.shape[3:])
-    rows, _, heads, _ = spec = sharding.fitting(axes, shape, mesh.shape)
-    pages = PartitionSpec(None, None, None, heads)
+    spec, pages = _spread(q_BTNH, k_LPSKH)
+    rows = PartitionSpec(spec[0])
     return jax.shard_map(
         local,
-        mesh=mesh,
-        in_specs=(spec, pages, pages, PartitionSpec(), PartitionSpec(rows), PartitionSpec(rows)),
+        mesh=ambient[0],
+        in_specs=(spec, pages, pages, PartitionSpec(), rows, rows),
         out_specs=spec,
         check_vma=False,
     )(*args)
+
+
+def _spread(q_BTNH, k_LPSKH) -> tuple[PartitionSpec, PartitionSpec]:
+    """How the mesh set by `sharding.use` holds queries, and pages. A group stays with its keys; the
+    one head of latents is everywhere, and queries split as they are.
+    """
+    ambient = sharding.current()
+    assert ambient is not None
+    mesh, rules = ambient
+    one = k_LPSKH.shape[3] == 1
+    axes = rules.spec(("batch", None, "heads" if one else "kv_heads", "head_dim"))
+    shape = q_BTNH.shape if one else (q_BTNH.shape[0], 1, *k_LPSKH.shape[3:])
+    spec = sharding.fitting(axes, shape, mesh.shape)
+    return spec, PartitionSpec(None, None, None, None if one else spec[2])
+
+
+def _part(x, mesh, spec) -> jax.ShapeDtypeStruct:
+    """What one device of the mesh holds of an array."""
+    return jax.ShapeDtypeStruct(NamedSharding(mesh, spec).shard_shape(x.shape), x.dtype)
 
 
 def _mosaic_supports(
@@ -129,7 +161,23 @@ def _mosaic_refuses(q_BTNH, k_LPSKH, v_LPSKH, latent) -> str | None:
     return None
 
 
+def _mosaic_tpu_supports(
+    q_BTNH, k_LPSKH, v_LPSKH, *, layer, table_BP, start_B, skip=0, latent=False
+) -> str | None:
+    if (platform := device().platform) != "tpu":
+        return f"mosaic_tpu is for TPU; this is {platform}"
+    from glm45_jax.kernels.decode_attention_tpu import refuses
+
+    args: tuple[Any, ...] = (q_BTNH, k_LPSKH, v_LPSKH, table_BP)
+    if (ambient := sharding.current()) is not None:
+        spec, pages = _spread(q_BTNH, k_LPSKH)
+        specs = (spec, pages, pages, PartitionSpec(spec[0]))
+        args = tuple(_part(x, ambient[0], p) for x, p in zip(args, specs, strict=True))
+    return refuses(*args, latent=latent)
+
+
 IMPLS = (
     Implementation("mosaic", _mosaic, _mosaic_supports, ("gpu",)),
+    Implementation("mosaic_tpu", _mosaic_tpu, _mosaic_tpu_supports, ("tpu",)),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
 )

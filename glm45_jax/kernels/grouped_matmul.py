@@ -137,10 +137,24 @@ def _mosaic_supports(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> st
     return grouped_matmul_gpu.refuses(x_RD, w_EDF, rows_E)
 
 
+def mosaic_tpu(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> jax.Array:
+    """The Pallas kernel for TPU (grouped_matmul_tpu.py): bfloat16, matrices and rows read once."""
+    from glm45_jax.kernels import grouped_matmul_tpu
+
+    return grouped_matmul_tpu.grouped_matmul(x_RD, w_EDF, rows_E)
+
+
+def _mosaic_tpu_supports(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> str | None:
+    from glm45_jax.kernels import grouped_matmul_tpu
+
+    return grouped_matmul_tpu.refuses(x_RD, w_EDF, rows_E)
+
+
 # On GPU `lax.ragged_dot` runs at 6 TFLOP/s of 704 (H100, jax 0.11.2, docs/log.md), on CPU at a
 # fifth of the blocked form.
 IMPLS = (
     Implementation("mosaic", mosaic, _mosaic_supports, ("gpu",)),
+    Implementation("mosaic_tpu", mosaic_tpu, _mosaic_tpu_supports, ("tpu",)),
     Implementation("blocked", blocked, anything, ("cpu", "gpu")),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
 )

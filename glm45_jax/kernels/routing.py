@@ -6,6 +6,8 @@ The type to know is `Routing`. All of it float32 (spec 2.3).
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -77,11 +79,44 @@ def counting(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) 
     return _sent_to(expert_MA, score_ME, by_counting, norm_topk, scale)
 
 
-def _chosen(logits_ME, bias_E, top_k, groups, top_groups) -> tuple[jax.Array, jax.Array]:
-    """Scores, and the experts of the best biased ones."""
+def mosaic(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) -> Routing:
+    """The same, its experts chosen by the Pallas kernel for Hopper (routing_gpu.py)."""
+    from glm45_jax.kernels import routing_gpu  # Pallas is imported where it is used
+
+    score_ME, choice_ME = _choices(logits_ME, bias_E, groups, top_groups)
+    expert_MA = routing_gpu.top_k(choice_ME, top_k)
+    return _sent_to(expert_MA, score_ME, by_counting, norm_topk, scale)
+
+
+def _mosaic_supports(logits_ME, bias_E, *, top_k, **_: Any) -> str | None:
+    from glm45_jax.kernels import routing_gpu
+
+    return routing_gpu.refuses_top_k(logits_ME, top_k)
+
+
+def mosaic_tpu(logits_ME, bias_E, **kwargs) -> Routing:
+    """The Pallas kernel for TPU (routing_tpu.py), and a sort of one integer a row."""
+    from glm45_jax.kernels import routing_tpu  # Pallas is imported where it is used
+
+    return routing_tpu.route(logits_ME, bias_E, **kwargs)
+
+
+def _mosaic_tpu_supports(logits_ME, bias_E, **kwargs) -> str | None:
+    from glm45_jax.kernels import routing_tpu
+
+    return routing_tpu.not_tpu() or routing_tpu.refuses(logits_ME, bias_E, **kwargs)
+
+
+def _choices(logits_ME, bias_E, groups, top_groups) -> tuple[jax.Array, jax.Array]:
+    """Scores, and those that experts are chosen by, biased, -inf outside the best groups."""
     score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
     choice_ME = jax.lax.stop_gradient(score_ME + bias_E[None, :].astype(jnp.float32))
-    choice_ME = keep_groups(choice_ME, groups=groups, top_groups=top_groups)
+    return score_ME, keep_groups(choice_ME, groups=groups, top_groups=top_groups)
+
+
+def _chosen(logits_ME, bias_E, top_k, groups, top_groups) -> tuple[jax.Array, jax.Array]:
+    """Scores, and the experts of the best biased ones."""
+    score_ME, choice_ME = _choices(logits_ME, bias_E, groups, top_groups)
     return score_ME, jax.lax.top_k(choice_ME, top_k)[1]
 
 
@@ -218,6 +253,8 @@ def inverse(order_R: jax.Array) -> jax.Array:
 
 
 IMPLS = (
-    Implementation("counting", counting, anything, ()),  # by name, until it has been measured
+    Implementation("mosaic_tpu", mosaic_tpu, _mosaic_tpu_supports, ("tpu",)),
+    Implementation("mosaic", mosaic, _mosaic_supports, ()),  # by name, until it has been measured
+    Implementation("counting", counting, anything, ("gpu",)),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
 )

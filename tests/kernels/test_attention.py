@@ -2,7 +2,7 @@
 its laws.
 
 The Pallas kernels for Hopper run here in an interpreter and are lowered for CUDA; on a GPU, for
-real.
+real. Those for TPU run in an interpreter, and test_attention_tpu.py compiles them.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from glm45_jax import sharding
 from glm45_jax.kernels import attention as op
 from glm45_jax.kernels import attention_gpu as gpu
 from glm45_jax.kernels import attention_tiles as tiles
+from glm45_jax.kernels import attention_tpu as tpu
 from glm45_jax.kernels.attention_tiles import tiled_attention
 from glm45_jax.kernels.shapes import ATTENTION, AttentionShape
 
@@ -156,6 +157,74 @@ def test_the_hopper_kernels_interpreted_equal_the_definition_forward_and_backwar
     shape = ATTENTION[name]
     tuning = gpu.Tuning(sms=2, interpret=True)
     check_half(shape, segments(shape), functools.partial(gpu.flash_attention, tuning=tuning))
+
+
+@pytest.mark.parametrize("name", ["two tiles packed", "a tile and one"])
+def test_the_tpu_kernels_interpreted_equal_the_definition_forward_and_backward(name):
+    tuning = tpu.Tuning(queries=128, keys=128, interpret=True)
+    shape = ATTENTION[name]
+    check_half(shape, segments(shape), functools.partial(tpu.flash_attention, tuning=tuning))
+
+
+def test_the_tpu_kernels_interpreted_take_keys_by_chunks_heads_by_parts_and_wider_values():
+    tuning = tpu.Tuning(queries=128, keys=128, rows=256, rows_back=128, chunk=170, interpret=True)
+
+    def attention(q, k, v, **masks):  # 128 + 256 lanes: a chunk is one tile of keys
+        wide = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, 64)))
+        out = tpu.flash_attention(q, k, wide, tuning=tuning, **masks)
+        np.testing.assert_equal(out.shape[-1], 192)
+        return out[..., :128]
+
+    shape = AttentionShape(B=2, T=300, N=4, K=1, H=128, packed=True)
+    rows = jnp.stack([jnp.full(300, 1), jnp.arange(300) // 190]).astype(jnp.int32)
+    check_half(shape, rows, attention)
+
+
+@pytest.mark.parametrize("per", [None, 2])
+@pytest.mark.parametrize("queries", [4, 8])
+def test_the_list_has_each_pair_of_tiles_with_something_to_see_once_in_order(queries, per):
+    T, keys = 48, 8
+    lengths = np.random.default_rng(0).integers(1, 25, (30, T))
+    rows = [np.repeat(np.arange(T), row)[:T] for row in lengths]
+    begin_BT = tiles.begins(jnp.asarray(np.stack([np.zeros(T, int), *rows]), jnp.int32))
+    grid = tpu._Tiles(T, queries, keys)
+    code_CBP, count_C = tpu.pairs(grid, begin_BT[:, None], per)
+    alone_C1P, alone_C = tpu.pairs(grid, None, per)
+    np.testing.assert_array_equal(code_CBP[:, 0], alone_C1P[:, 0])  # the row of one document
+    np.testing.assert_array_equal(count_C, alone_C)
+    at = np.arange(T)
+    for b, begin_T in enumerate(np.asarray(begin_BT)):
+        seen_TS = (at[None] <= at[:, None]) & (at[None] >= begin_T[:, None])
+        seen_IJ = seen_TS.reshape(T // queries, queries, T // keys, keys)
+        some_IJ, all_IJ = seen_IJ.any(axis=(1, 3)), seen_IJ.all(axis=(1, 3))
+        for c, code_BP in enumerate(np.asarray(code_CBP)):
+            row = code_BP[b][(code_BP[b] & tpu.LIVE) != 0]
+            found = list(zip(*(x.tolist() for x in tpu._places(row, grid)), strict=True))
+            within = slice(c * per, (c + 1) * per) if per else slice(None)
+            here_IJ = np.zeros_like(some_IJ)
+            here_IJ[:, within] = some_IJ[:, within]
+            expected = np.argwhere(here_IJ)
+            assert found == [(i * queries, j * keys) for i, j in expected]
+            for code, (i, j) in zip(row, expected, strict=True):
+                row_J = np.flatnonzero(here_IJ[i])
+                assert bool(code & tpu.FIRST) == (j == row_J[0])
+                assert bool(code & tpu.LAST) == (j == row_J[-1])
+                assert bool(code & tpu.EDGE) or all_IJ[i, j]
+            rest = code_BP[b][len(row) :]  # nothing new to fetch
+            assert (rest >> tpu.KEY_SHIFT == row[-1] >> tpu.KEY_SHIFT).all()
+            assert not (rest & (tpu.FIRST | tpu.LAST)).any()
+
+
+def test_the_tpu_kernels_say_what_they_do_not_take():
+    def refuses(dtype=jnp.bfloat16, T=4096, H=128, U=128, rows=8):
+        q, k, v = (jax.ShapeDtypeStruct((8, T, 4, width), dtype) for width in (H, H, U))
+        return tpu.refuses(q, k, v, rows=rows)
+
+    assert refuses() is None
+    assert refuses(H=192) is None
+    assert "takes bfloat16, not ['float32'" in refuses(dtype=jnp.float32)
+    assert "not keys and values (96, 128)" in refuses(H=96)
+    assert "131072 pairs of tiles, not the 131584 of 4 rows of 131072" in refuses(T=2**17, rows=4)
 
 
 def test_bounds_are_those_of_the_run_of_equal_segments():

@@ -2,12 +2,13 @@
 keeps its laws.
 
 The Pallas kernels for Hopper run here in an interpreter and are lowered for CUDA; on a GPU, for
-real.
+real. The one for TPU runs in an interpreter, and test_attention_tpu.py compiles it.
 """
 
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import pytest
 from glm45_jax import sharding
 from glm45_jax.kernels import decode_attention as op
 from glm45_jax.kernels import decode_attention_gpu as gpu
+from glm45_jax.kernels import decode_attention_tpu as tpu
 from glm45_jax.kernels.shapes import DECODE, DecodeShape
 
 SMALL = [name for name, shape in DECODE.items() if shape.small]
@@ -228,6 +230,107 @@ def test_on_a_mesh_each_device_runs_its_own_rows_and_heads_over_all_pages(monkey
         out = jax.jit(run)(*args, **where)
     np.testing.assert_allclose(out, alone, atol=1e-6)
     assert seen == [((1, 4, 3, 16), (2, 25, 4, 1, 16), (1, 6), (1,))]
+
+
+def interpreted_tpu(columns, **kwargs):
+    tuning = tpu.Tuning(columns=columns, interpret=True)
+    return functools.partial(tpu.paged_attention, tuning=tuning, **kwargs)
+
+
+def test_the_tpu_kernel_interpreted_equals_the_definition_and_knows_no_other_row():
+    shape, attention = DECODE["three steps"], interpreted_tpu(64)
+    found = check_half(shape, [143, 70], attention, skip=1)
+    beside_idle = check_half(shape, [143, -1], attention, skip=1)
+    np.testing.assert_array_equal(found[0], beside_idle[0])
+
+
+def test_the_tpu_kernel_interpreted_reads_8_bits_drafts_and_several_heads():
+    check_half(DECODE["three steps of drafts fp8"], [156, 62], interpreted_tpu(128))
+
+
+def test_the_tpu_kernel_interpreted_takes_latents():
+    B, T, N, R, Z = 3, 2, 5, 64, 128
+    keys = jax.random.split(jax.random.key(0), 3)
+    rotated, latent = (
+        jax.random.normal(key, (2, 13, 8, 1, width), jnp.bfloat16)
+        for key, width in zip(keys, (R, Z), strict=False)
+    )
+    q = jax.random.normal(keys[2], (B, T, N, Z + R), jnp.bfloat16)
+    table = jnp.asarray([[3, 1, 5, 12], [0, 6, 2, 4], [8, 9, 10, 11]], jnp.int32)
+    where = dict(layer=LAYER, table_BP=table, start_B=jnp.asarray([29, 2, 13], jnp.int32))
+    found = interpreted_tpu(16)(q, rotated, latent, **where, latent=True)
+    exact = op.reference(
+        *(x.astype(jnp.float32) for x in (q, rotated, latent)), **where, latent=True
+    )
+    gap = jnp.linalg.norm(found.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert gap < 4e-3
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_the_list_has_each_block_of_each_row_once_and_a_row_without_keys_has_one(skip):
+    keys, T, capacity = 8, 3, 40
+    start_B = np.random.default_rng(0).integers(-4, capacity - T + 1, 40).astype(np.int32)
+    code_CP, count = tpu.blocks(jnp.asarray(start_B), T, keys, capacity, skip, 2)
+    found = []
+    for code_P in np.asarray(code_CP):
+        live_P = code_P[(code_P & tpu.LIVE) != 0]
+        assert len(live_P) <= count
+        found += live_P.tolist()
+        rest_P = code_P[len(live_P) :]
+        assert (rest_P >> tpu.BLOCK_SHIFT == live_P[-1] >> tpu.BLOCK_SHIFT).all()
+        assert not (rest_P & (tpu.FIRST | tpu.LAST)).any()
+    held_B = np.maximum(start_B + T, 1)
+    expected = [(b, i) for b, held in enumerate(held_B) for i in range(-(-held // keys))]
+    assert [(tpu._row(code), tpu._block(code)) for code in found] == expected
+    for code, (b, i) in zip(found, expected, strict=True):
+        assert bool(code & tpu.FIRST) == (i == 0)
+        assert bool(code & tpu.LAST) == (i == -(-held_B[b] // keys) - 1)
+        whole = (i + 1) * keys <= start_B[b] + 1 and not (skip and i == 0)
+        assert bool(code & tpu.EDGE) == (not whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (dict(H=64), "whole vectors of 128 lanes, not .64, 64.: XLA"),
+        (dict(page=4, K=1), "multiple of 8 keys x heads, not 4 x 1 = 4"),
+        (dict(N=256, T=4), "up to 512 queries a row .* not 1024"),
+        (dict(S=2**24), "up to 131072 pages, not 2097152; use larger pages"),
+        (dict(dtype=jnp.float32), "queries in bfloat16, not float32"),
+    ],
+    ids=str,
+)
+def test_the_tpu_kernel_says_what_it_does_not_take(change, why):
+    dtype = change.pop("dtype", jnp.bfloat16)
+    shape, room = (
+        dataclasses.replace(DecodeShape(2, 1, 4, 2, 128, 64), **change),
+        jax.ShapeDtypeStruct,
+    )
+    q = room((shape.B, shape.T, shape.N, shape.H), dtype)
+    pages = room((2, 8, shape.page, shape.K, shape.H), jnp.bfloat16)
+    table = room((shape.B, shape.S // shape.page), jnp.int32)
+    found = tpu.refuses(q, pages, pages, table, latent=False)
+    assert re.search(why, found), found
+
+
+def test_on_a_mesh_the_one_head_of_latents_is_everywhere_and_queries_split(monkeypatch):
+    seen = []
+
+    def spy(q, k, v, **where):
+        seen.append((q.shape, k.shape, v.shape))
+        return op.reference(q, k, v, **where)
+
+    monkeypatch.setattr(tpu, "paged_attention", spy)
+    rotated, latent = (jax.random.normal(jax.random.key(i), (2, 9, 4, 1, 6 + i)) for i in range(2))
+    q = jax.random.normal(jax.random.key(2), (4, 1, 6, 13))
+    table = jnp.arange(8, dtype=jnp.int32).reshape(4, 2)
+    where = dict(layer=jnp.int32(1), table_BP=table, start_B=jnp.asarray([3, 6, 0, 7], jnp.int32))
+    alone = op.reference(q, rotated, latent, **where, latent=True)
+    mesh = sharding.make_mesh(sharding.MeshShape(data=2, fsdp=2, tensor=2))
+    with sharding.use(mesh, sharding.Rules()):
+        out = jax.jit(functools.partial(op._mosaic_tpu, latent=True))(q, rotated, latent, **where)
+    np.testing.assert_allclose(out, alone, atol=1e-6)
+    assert seen == [((1, 1, 3, 13), (2, 9, 4, 1, 6), (2, 9, 4, 1, 7))]
 
 
 @pytest.mark.gpu

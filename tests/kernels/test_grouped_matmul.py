@@ -2,7 +2,7 @@
 group sizes.
 
 The Pallas kernel for Hopper runs here in an interpreter and is lowered for CUDA; on a GPU, for
-real.
+real. The one for TPU runs in an interpreter, and test_grouped_matmul_tpu.py compiles it.
 """
 
 import functools
@@ -15,13 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
 from glm45_jax.kernels import grouped_matmul as op
 from glm45_jax.kernels import grouped_matmul_gpu as gpu
+from glm45_jax.kernels import grouped_matmul_tpu as tpu
 from glm45_jax.kernels.shapes import GROUPED
 
 SMALL = [name for name, shape in GROUPED.items() if shape.small]
-NAMES = [i.name for i in op.IMPLS if i.name != "mosaic"]  # those that run anywhere
+# Those that run anywhere.
+NAMES = [i.name for i in op.IMPLS if i.name not in ("mosaic", "mosaic_tpu")]
 # Rows of each of eight groups, of 272 rows: none, one, just under and over a tile, rows past the
 # last group.
 RAGGED = {
@@ -206,6 +209,107 @@ def test_the_mosaic_kernel_lowers_for_cuda_inside_shard_map(name):
     assert text.count("mosaic_gpu_v2") == 3
 
 
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(
+    st.lists(st.integers(0, 300), min_size=8, max_size=8),
+    st.sampled_from([16, 128, 1024]),
+    st.booleans(),
+)
+def test_visits_meet_every_row_once_and_load_no_tile_twice(sizes, height, every_group):
+    sizes, n = clip(sizes, 1000), 1000
+    visits = lay_visits(jnp.asarray(sizes, jnp.int32), n, height, every_group)
+    table = {k: np.asarray(x).tolist() for k, x in vars(visits).items() if k != "count"}
+    assert visits.count <= len(table["group_V"])
+    rows = zip(*(x[: int(visits.count)] for x in table.values()), strict=True)
+    met = [dict(zip(table, row, strict=True)) for row in rows]
+    seen = [(v["group_V"], v["tile_V"] * height + r) for v in met for r in within(v)]
+    owned = sizes if every_group else [*sizes, n - sum(sizes)]
+    assert seen == list(zip(np.repeat(np.arange(len(owned)), owned), range(len(seen)), strict=True))
+    groups = [[*vs] for _, vs in itertools.groupby(met, key=lambda v: v["group_V"])]
+    wanted = [e for e, rows in enumerate(owned) if rows or every_group]
+    assert [vs[0]["group_V"] for vs in groups] == wanted
+    for vs in groups:
+        assert [v["first_V"] for v in vs] == [1] + [0] * (len(vs) - 1)
+        assert [v["last_V"] for v in vs] == [0] * (len(vs) - 1) + [1]
+    loads = [tile for tile, _ in itertools.groupby(v["load_V"] for v in met)]
+    assert loads == list(range(max(-(-sum(sizes) // height), 1)))
+    real = [e for e, rows in enumerate(sizes) if rows]
+    follows = dict(itertools.pairwise([*real, -1]))
+    for v in met:
+        if (e := v["group_V"]) in follows:
+            assert (v["next_V"], v["slot_V"]) == (follows[e], real.index(e) % 2)
+
+
+def clip(sizes, n):
+    """The sizes, cut where they pass n in all."""
+    return np.clip(n - np.cumsum([0, *sizes[:-1]]), 0, sizes).tolist()
+
+
+def within(visit):
+    return range(visit["low_V"], visit["high_V"])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def lay_visits(sizes, n, height, every_group):
+    return tpu.lay_visits(sizes, n_rows=n, height=height, every_group=every_group)
+
+
+def test_the_tpu_kernel_says_what_it_cannot_take():
+    (x, w, sizes, _), _ = draw_half(RAGGED["mixed"], D=128, F=256)
+    refuses = functools.partial(tpu.refuses, chip=tpu.V5P)
+    assert refuses(x, w, sizes) is None
+    assert "bfloat16" in refuses(x.astype(jnp.float32), w, sizes)
+    assert "multiple of 128" in refuses(x[:, :64], w[:, :64], sizes)
+    assert "no row" in refuses(x[:0], w, sizes)
+    huge = jax.ShapeDtypeStruct((8, 2**17, 2**14), jnp.bfloat16)
+    assert "MiB of VMEM" in refuses(jax.ShapeDtypeStruct((272, 2**17), x.dtype), huge, sizes)
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match="needs a TPU; this is cpu"):
+            op.grouped_matmul(x, w, sizes, impl="mosaic_tpu")
+
+
+@functools.cache
+def in_tpu_interpreter(heights, cores):
+    """Values and gradients, compiled once for all sizes."""
+    # Two cores work on a grid's tiles of columns, and buffers hold NaN until they are written.
+    interpret = pltpu.InterpretParams(num_cores_or_threads=cores, uninitialized_memory="nan")
+    chip = tpu.Chip(cores, 2**26, heights)
+    run = functools.partial(tpu.grouped_matmul, chip=chip, interpret=interpret)
+
+    @jax.jit
+    def both(x, w, sizes, g):
+        out, pull = jax.vjp(lambda x, w: run(x, w, sizes), x, w)
+        return out, *pull(g)
+
+    return both
+
+
+# Tiles of 128 rows cut groups; one of all rows has blocks of 256 and of 128.
+@pytest.mark.parametrize("heights, cores", [((128,), 1), ((1024,), 2)])
+def test_the_tpu_kernel_equals_a_loop_over_groups_in_the_interpreter(heights, cores):
+    for sizes in RAGGED.values():
+        (x, w, sizes, g), exact = draw_half(sizes, D=128, F=384)  # 384: tiles of 256 and 128
+        n = int(sizes.sum())
+        x, g = x.at[n:].set(jnp.nan), g.at[n:].set(jnp.nan)  # no row past the last group counts
+        assert_rounded_once(in_tpu_interpreter(heights, cores)(x, w, sizes, g), exact)
+
+
+@hypothesis.settings(max_examples=6)
+@hypothesis.given(st.lists(st.integers(0, 90), min_size=8, max_size=8), st.integers(0, 9))
+def test_the_tpu_kernel_takes_any_sizes_of_groups(sizes, seed):
+    args, exact = draw_half(clip(sizes, 272), D=128, F=384, seed=seed)
+    assert_rounded_once(in_tpu_interpreter((128,), 1)(*args), exact)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_tpu_kernel_takes_the_shapes_table_in_the_interpreter(name):
+    # Widths that Mosaic would refuse: the laws hold for them too.
+    shape = GROUPED[name]
+    sizes = np.asarray(draw(shape)[2]).tolist()
+    args, exact = draw_half(sizes, shape.D, shape.F, R=shape.R)
+    assert_rounded_once(in_tpu_interpreter((128,), 1)(*args), exact)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
 def test_the_mosaic_kernel_equals_a_loop_over_groups_on_a_gpu(sizes):
@@ -261,7 +365,7 @@ def test_implementations_agree_on_a_gpu_in_bfloat16():
     x, w, sizes = draw(GROUPED["whole steps"])
     x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
     cotangent = jax.random.normal(jax.random.key(1), (x.shape[0], w.shape[2]), jnp.bfloat16)
-    names = [i.name for i in op.IMPLS]
+    names = [i.name for i in op.IMPLS if i.supports(x, w, sizes) is None]
     first, *others = (jax.tree.leaves(both_ways(x, w, sizes, cotangent, n)) for n in names)
     for other in others:
         for ours, theirs in zip(first, other, strict=True):

@@ -1,5 +1,9 @@
-"""Routing: Megatron's numbers, a plain-Python router, and the laws of permuting and combining."""
+"""Routing: Megatron's numbers, a plain-Python router, and the laws of permuting and combining.
 
+The Pallas kernel for TPU runs in an interpreter; test_grouped_matmul_tpu.py compiles it.
+"""
+
+import functools
 import pathlib
 
 import jax
@@ -8,10 +12,12 @@ import numpy as np
 import pytest
 
 from glm45_jax.kernels import routing as op
+from glm45_jax.kernels import routing_tpu as tpu
 from glm45_jax.kernels.shapes import ROUTING
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "extra" / "moe.npz"
 SMALL = [name for name, shape in ROUTING.items() if shape.small]
+NAMES = ["counting", "reference"]  # those that run anywhere
 
 
 def draw(shape, seed=0):
@@ -40,7 +46,7 @@ def by_hand(logits, bias, top_k, groups, top_groups, scale):
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("impl", [i.name for i in op.IMPLS])
+@pytest.mark.parametrize("impl", NAMES)
 def test_every_implementation_equals_a_token_at_a_time(name, impl):
     logits, bias, kwargs = draw(ROUTING[name])
     r = op.route(logits, bias, scale=2.5, impl=impl, **kwargs)
@@ -62,6 +68,70 @@ def test_counting_orders_rows_as_a_stable_sort_does(M, E, A):
     orders = (op.by_sorting, op.by_counting)
     for a, b in zip(*(jax.jit(f, static_argnums=1)(expert, E) for f in orders), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@functools.partial(jax.jit, static_argnames=("run", "top_k", "norm_topk"))
+def both_ways(logits, bias, cotangent, *, run, top_k, norm_topk=True):
+    how = dict(top_k=top_k, groups=1, top_groups=1, norm_topk=norm_topk, scale=2.5)
+    out, pull = jax.vjp(lambda *args: run(*args, **how).gate_MA, logits, bias)
+    return run(logits, bias, **how), out, pull(cotangent)
+
+
+INTERPRETED = functools.partial(tpu.route, interpret=True)
+
+
+def assert_same_route(logits, bias, top_k, norm_topk=True):
+    cotangent = jax.random.normal(jax.random.key(1), (logits.shape[0], top_k))
+    args, how = (logits, bias, cotangent), dict(top_k=top_k, norm_topk=norm_topk)
+    ours, gate, (dlogits, dbias) = both_ways(*args, run=INTERPRETED, **how)
+    exact, exact_gate, (exact_dlogits, _) = both_ways(*args, run=op.reference, **how)
+    for field in ("expert_MA", "order_R", "rows_E"):
+        np.testing.assert_array_equal(getattr(ours, field), getattr(exact, field))
+    np.testing.assert_allclose(gate, exact_gate, atol=1e-6)
+    np.testing.assert_array_equal(gate, ours.gate_MA)
+    np.testing.assert_allclose(dlogits, exact_dlogits, atol=2e-6)
+    assert not np.asarray(dbias).any()
+
+
+# Less than a tile, a tile and a bit, many tiles, experts that no register's height divides.
+@pytest.mark.parametrize(
+    "M, E, A, norm",
+    [(48, 8, 3, True), (10, 1, 1, True), (513, 20, 20, False), (1300, 160, 8, True)],
+)
+def test_the_tpu_kernel_equals_top_k_and_a_stable_sort_in_the_interpreter(M, E, A, norm):
+    rng = np.random.default_rng(M)
+    skewed = rng.normal(size=(M, E)) + np.linspace(-2, 2, E)  # some experts get no row
+    logits, bias = jnp.asarray(skewed, jnp.float32), jnp.asarray(rng.normal(size=E), jnp.float32)
+    assert_same_route(logits, bias, A, norm)
+
+
+def test_the_tpu_kernel_breaks_ties_as_top_k_does():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.integers(-2, 3, size=(300, 24)), jnp.float32)  # many are equal
+    assert_same_route(logits, jnp.zeros(24), 8)
+    shut = jnp.full(24, -jnp.inf).at[jnp.array([3, 5])].set(0.0)  # two are left, eight are asked
+    assert_same_route(logits, shut, 8)
+    lost = logits.at[7, 4].set(jnp.nan).at[7, 9].set(-jnp.nan)
+    ours, exact = (
+        both_ways(lost, jnp.zeros(24), jnp.ones((300, 8)), run=run, top_k=8)[0].expert_MA
+        for run in (INTERPRETED, op.reference)
+    )
+    assert ours[7, :2].tolist() == [4, 9]
+    np.testing.assert_array_equal(np.delete(ours, 7, 0), np.delete(exact, 7, 0))
+
+
+def test_the_tpu_kernel_says_what_it_cannot_take():
+    logits, bias, kwargs = draw(ROUTING["grouped"])
+    how = dict(norm_topk=True, scale=1.0)
+    assert "4 groups, the kernel knows one" in tpu.refuses(logits, bias, **kwargs, **how)
+    how |= dict(top_k=8, groups=1, top_groups=1)
+    assert tpu.refuses(logits, bias, **how) is None
+    many, long = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 1024), (2**22, 128)))
+    assert "at most 512" in tpu.refuses(many, bias, **how)
+    assert "31 bits" in tpu.refuses(long, bias, **how)
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match="needs a TPU; this is cpu"):
+            op.route(logits, bias, top_k=2, impl="mosaic_tpu")
 
 
 def test_megatron_routes_alike():

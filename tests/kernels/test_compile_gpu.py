@@ -1,0 +1,135 @@
+"""The Pallas kernels for Hopper compiled for an H100 that is not here, at every large shape of the
+table and those of decoding and FP8. Nothing runs: sizes that do not fit shared memory, layouts and
+registers are what a compiler can tell.
+"""
+
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from glm45_jax.kernels.shapes import ATTENTION, DECODE, GROUPED, ROUTING
+from glm45_jax.plan import compile as compiling
+from glm45_jax.plan import targets, wheels
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TARGET = "h100:1x1"
+LIMIT_S = 1500.0  # of the child, which takes two minutes of an idle machine
+WIDE = {  # rows, inputs, outputs; of FP8: the prompt's rows and a decode step's
+    "air attention out": (4096, 12_288, 4096),
+    "air dense": (64, 4096, 10_944),
+}
+
+
+def large(table):
+    return {name: shape for name, shape in table.items() if not shape.small}
+
+
+NAMES = sorted(
+    [f"attention {name}" for name in large(ATTENTION)]
+    + [f"decode {name}" for name in large(DECODE)]
+    + [f"{op} {name}" for name in large(GROUPED) for op in ("grouped", "grouped fp8")]
+    + [f"{op} {name}" for name in large(ROUTING) for op in ("route", "rows")]
+    + [f"fp8 {name}" for name in WIDE]
+)
+
+
+@pytest.mark.slow
+def test_every_hopper_kernel_compiles_at_every_large_shape(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    if why := wheels.missing("gpu"):
+        pytest.skip(f"GPU kernels are not compiled here: {why}")
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=compiling.environment(targets.parse(TARGET)),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    with capsys.disabled():
+        for row in rows:
+            print(f"\n  {row}", end="")
+    assert done.returncode == 0, compiling.last_words(done.stderr)
+    assert sorted(row["name"] for row in rows) == NAMES
+    assert not [row for row in rows if row["kernels"] == 0]
+
+
+def main() -> None:
+    """The child: compiles every case, a line each."""
+    import jax
+    import jax.numpy as jnp
+
+    from glm45_jax import sharding
+    from glm45_jax.kernels import routing, routing_gpu
+    from glm45_jax.kernels.attention import attention
+    from glm45_jax.kernels.decode_attention import decode_attention
+    from glm45_jax.kernels.fp8 import to_fp8
+    from glm45_jax.kernels.fp8_matmul import fp8_matmul, grouped_matmul_fp8
+    from glm45_jax.kernels.grouped_matmul import grouped_matmul
+
+    devices = targets.topology(targets.parse(TARGET)).devices
+    mesh = sharding.make_mesh(sharding.MeshShape(), devices[:1])
+    here = jax.sharding.NamedSharding(mesh, jax.P())
+    half, whole, i32 = jnp.bfloat16, jnp.float32, jnp.int32
+
+    def report(name, run, *args):
+        args = jax.tree.map(lambda x: of(x.shape, x.dtype), args)
+        began = time.monotonic()
+        with sharding.use(mesh, sharding.Rules()):
+            compiled = jax.jit(run).lower(*args).compile()
+        row = {"name": name, "seconds": round(time.monotonic() - began, 1)}
+        row["kernels"] = compiled.as_text().count('custom_call_target="mosaic_gpu')
+        row["temporary_mib"] = round(compiled.memory_analysis().temp_size_in_bytes / 2**20, 1)
+        print(json.dumps(row), flush=True)
+
+    def of(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    def quantized(shape):
+        return jax.eval_shape(to_fp8, of(shape, half))
+
+    def both_ways(run, *args):
+        out, pull = jax.vjp(run, *args)
+        return out, pull(out)
+
+    for name, s in large(ATTENTION).items():
+        q, k = of((s.B, s.T, s.N, s.H), half), of((s.B, s.T, s.K, s.H), half)
+        segments = (of((s.B, s.T), i32),)
+        run = lambda q, k, v, seg: both_ways(  # noqa: E731
+            functools.partial(attention, segments_BT=seg, impl="mosaic"), q, k, v
+        )
+        report(f"attention {name}", run, q, k, k, *segments)
+    for name, s in large(DECODE).items():
+        kv = of((2, s.B * s.S // s.page, s.page, s.K, s.H), jnp.float8_e4m3fn if s.fp8 else half)
+        run = lambda q, k, v, layer, table, start: decode_attention(  # noqa: E731
+            q, k, v, layer=layer, table_BP=table, start_B=start, impl="mosaic"
+        )
+        where = of((), i32), of((s.B, s.S // s.page), i32), of((s.B,), i32)
+        report(f"decode {name}", run, of((s.B, s.T, s.N, s.H), half), kv, kv, *where)
+    for name, s in large(GROUPED).items():
+        x, rows = of((s.R, s.D), half), of((s.E,), i32)
+        run = lambda x, w, rows: both_ways(  # noqa: E731
+            lambda x, w: grouped_matmul(x, w, rows, impl="mosaic"), x, w
+        )
+        report(f"grouped {name}", run, x, of((s.E, s.D, s.F), half), rows)
+        run = functools.partial(grouped_matmul_fp8, impl="mosaic")
+        report(f"grouped fp8 {name}", run, x, quantized((s.E, s.D, s.F)), rows)
+    for name, s in large(ROUTING).items():
+        run = functools.partial(routing.route, top_k=s.A, impl="mosaic")
+        report(f"route {name}", run, of((s.M, s.E), whole), of((s.E,), whole))
+        R = s.M * s.A
+        run = functools.partial(routing_gpu.take_rows, dtype=half)
+        report(f"rows {name}", run, of((s.M, 4096), whole), of((R,), i32), of((R,), whole))
+    for name, (M, I, O) in WIDE.items():
+        run = functools.partial(fp8_matmul, impl="mosaic")
+        report(f"fp8 {name}", run, of((M, I), half), quantized((I, O)))
+
+
+if __name__ == "__main__":
+    main()

@@ -81,17 +81,15 @@ def _time_table(times: Mapping[str, Sequence[float]]) -> str:
 
 
 def _score_table(scores: Scores) -> str:
-    lines = [
-        "| mode | after the cold start | after RL | gain, points |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for mode, before in scores[COLD].items():
         after = scores[AFTER][mode]
         gain = 100 * (after.score.value - before.score.value)
-        lines.append(f"| {_words(mode)} | {_percent(before)} | {_percent(after)} | {gain:+.1f} |")
+        rows.append((_words(mode), _percent(before), _percent(after), f"{gain:+.1f}"))
     n = next(iter(scores[COLD].values())).score.n
-    lines += ["", f"Exact answers to {n} two-digit sums that no stage has seen, 95% intervals."]
-    return "\n".join(lines)
+    said = f"Exact answers to {n} two-digit sums that no stage has seen, 95% intervals."
+    head = ("mode", "after the cold start", "after RL", "gain, points")
+    return f"{table(head, rows)}\n\n{said}"
 
 
 def _percent(one: Outcome) -> str:

@@ -131,9 +131,8 @@ def rows(
 
 
 @functools.cache
-def matmul_ceiling() -> float:
-    """TFLOP/s of an 8192^3 product in bfloat16, the better of jax and torch."""
-    n = 8192
+def matmul_ceiling(n: int = 8192) -> float:
+    """TFLOP/s of an n^3 product in bfloat16, the better of jax and torch."""
     x = normal(0, (n, n))
     contenders: dict[str, Callable[[], Contender]] = {"jax": lambda: of_jax(lambda x: x @ x, x)}
     if torch := torch_or_none():

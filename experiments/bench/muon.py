@@ -267,18 +267,22 @@ def _as(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def run(cases: tuple[Case, ...], step: Step | None, save: Callable[[list], None]) -> None:
+def run(
+    cases: tuple[Case, ...], step: Step | None, save: Callable[[list], None], *, small: bool = False
+) -> None:
     """None; rows of a case are printed and saved when they are there. All is compiled first, the
-    train step in a thread: it takes longest. step: None: not timed. A small case has no ceiling.
+    train step in a thread: it takes longest. step: None: not timed. small: cases for a CPU, beside
+    a product and a copy that it can do.
     """
-    small, began = cases[0].name.startswith("tiny"), time.perf_counter()
+    began = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         job = None if step is None else pool.submit(begin_step, step, small)
         for case in cases:
             compile_ahead(case)
         timed = None if job is None else job.result()
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
-    ceiling, copy = (0.01, 10.0) if small else (matmul_ceiling(), copy_gbs())
+    ceiling = matmul_ceiling(256) if small else matmul_ceiling()
+    copy = copy_gbs(2**24) if small else copy_gbs()
     for case in cases:
         floor(case, ceiling, copy)
     step_ms = None if timed is None else timed()
@@ -298,8 +302,8 @@ def main() -> None:
     args = parser.parse_args()
     keep_compiled()
     began = time.perf_counter()
-    told = {"command": "python -m experiments.bench.muon", "jax": jax.__version__}
-    told |= {"optax": optax.__version__}
+    command = "python -m experiments.bench.muon" + (f" --only {args.only}" if args.only else "")
+    told = {"command": command, "jax": jax.__version__, "optax": optax.__version__}
 
     def save(table: list[dict[str, Any]]) -> None:
         if not args.tiny:
@@ -308,7 +312,8 @@ def main() -> None:
 
     cases = tiny() if args.tiny else (mini(), air())
     chosen = {None: cases, "mini": cases[:1], "air": cases[1:]}[args.only]
-    run(chosen, None if args.only == "air" else STEP["tiny" if args.tiny else "full"], save)
+    step = None if args.only == "air" else STEP["tiny" if args.tiny else "full"]
+    run(chosen, step, save, small=args.tiny)
     print(f"{time.perf_counter() - began:.0f} s in all", flush=True)
 
 

@@ -36,6 +36,7 @@ from glm45_jax.rl.sampler import HELD_OUT, Sampler
 from glm45_jax.rl.update import Update
 from glm45_jax.rl.workers import Done, Workers
 from glm45_jax.start import initial
+from glm45_jax.train.document import table as markdown_table
 
 LAG = 8
 TASKS, SAMPLES = 1024, 4  # of the scores before and after
@@ -233,10 +234,8 @@ def gain(result: Mapping[str, Any], name: str) -> float:
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: an arm a row; pass@1 as mean over seeds, and the lowest and highest seed."""
-    lines = [
-        "| arm | sampled, before | after | gain | greedy, before | after | ended |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ("arm", "sampled, before", "after", "gain", "greedy, before", "after", "ended")
+    rows = []
     for arm in ARMS:
         seeds = results.get(arm.name)
         if not seeds:
@@ -249,8 +248,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
                 cells.append(_spread([gain(one, name) for one in seeds.values()]))
         ends = collections.Counter(f"{one['why']} at {one['steps']}" for one in seeds.values())
         cells.append(", ".join(ends))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -324,18 +323,16 @@ def score(exp: Experiment, folder: pathlib.Path, params: Any, tasks: int) -> dic
     return found
 
 
-@functools.cache
-def _updater(model: Any, optim: Any, update: Any, mesh: Any, rows: int) -> list[Updater]:
-    return []
+_UPDATERS: dict[Any, Updater] = {}
 
 
 def updater_of(exp: Experiment) -> Updater:
     """One for all arms that may share it: its programs compile once."""
     assert exp.rl is not None
-    kept = _updater(exp.model, exp.optim, exp.rl.update, exp.mesh, exp.train.rows)
-    if not kept:
-        kept.append(rl_run.updater_of(exp))
-    return kept[0]
+    key = (exp.model, exp.optim, exp.rl.update, exp.mesh, exp.train.rows)
+    if key not in _UPDATERS:
+        _UPDATERS[key] = rl_run.updater_of(exp)
+    return _UPDATERS[key]
 
 
 def run_arm(

@@ -13,6 +13,7 @@ import numpy as np
 from glm45_jax.metrics import Row
 from glm45_jax.rl.report import PHASES
 from glm45_jax.rl.trajectory import Trajectory
+from glm45_jax.train.document import table
 
 WARM = 3  # batches in which programs compile, which no statement of time counts
 ENDS = 5  # batches whose mean reward stands for the start and the end
@@ -108,7 +109,7 @@ def cold_table(cold: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append(
                 [model, mode, told, str(one["tasks"]), *scores, str(one["tokens"]), str(one["cut"])]
             )
-    return _table(lines)
+    return table(lines[0], lines[1:])
 
 
 def score_table(arms: Rows, told: Told) -> str:
@@ -122,7 +123,7 @@ def score_table(arms: Rows, told: Told) -> str:
             gain = 100 * (after[0] - before[0])
             cells += [_percent(*before), _percent(*after), f"{gain:+.1f}"]
         lines.append([*cells, row["why"]])
-    return _table(lines)
+    return table(lines[0], lines[1:])
 
 
 def kind_table(arms: Rows, told: Told) -> str:
@@ -133,7 +134,7 @@ def kind_table(arms: Rows, told: Told) -> str:
         pairs = [(row["before"]["by"].get(k, 0.0), row["after"]["by"].get(k, 0.0)) for k in kinds]
         cells = [f"{100 * before:.0f} to {100 * after:.0f}" for before, after in pairs]
         lines.append([told[row["arm"]], str(row["seed"]), *cells])
-    return _table(lines)
+    return table(lines[0], lines[1:])
 
 
 def time_table(arms: Rows, told: Told) -> str:
@@ -146,7 +147,7 @@ def time_table(arms: Rows, told: Told) -> str:
         cells += [f"{rates[f'{name}_tokens_per_s']:,.0f}" for name in ("rollout", "train")]
         cells += [f"{100 * row['phases'].get(name, 0.0):.0f}" for name in PHASES]
         lines.append([told[row["arm"]], str(row["seed"]), *cells])
-    return _table(lines)
+    return table(lines[0], lines[1:])
 
 
 def mismatch_table(arms: Rows, told: Told) -> str:
@@ -159,16 +160,11 @@ def mismatch_table(arms: Rows, told: Told) -> str:
         cells += [f"{row['staleness']:.2f}"]
         cells += [f"{np.mean(part):.3f}" for part in (row["reward"][:ENDS], row["reward"][-ENDS:])]
         lines.append([told[row["arm"]], str(row["seed"]), *cells])
-    return _table(lines)
+    return table(lines[0], lines[1:])
 
 
 def _percent(value: float, half: float | None = None) -> str:
     return f"{100 * value:.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
-
-
-def _table(lines: Sequence[Sequence[str]]) -> str:
-    head, *rest = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rest])
 
 
 def draw(arms: Rows, told: Told) -> None:

@@ -13,7 +13,14 @@ from jax.sharding import PartitionSpec
 
 from glm45_jax import sharding
 from glm45_jax.kernels.attention_tiles import WIDEST, tiled_attention
-from glm45_jax.kernels.dispatch import Implementation, anything, device, not_hopper, pick
+from glm45_jax.kernels.dispatch import (
+    Implementation,
+    anything,
+    device,
+    not_hopper,
+    not_tpu,
+    pick,
+)
 
 NEG = -1e30  # finite, so that a row without keys gives a mean, not NaN
 
@@ -181,8 +188,8 @@ def _mosaic_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
 
 
 def _mosaic_tpu_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
-    if (platform := device().platform) != "tpu":
-        return f"mosaic_tpu is for TPU; this is {platform}"
+    if why := not_tpu():
+        return why
     from glm45_jax.kernels.attention_tpu import refuses
 
     rows = k_BSKH.shape[0]

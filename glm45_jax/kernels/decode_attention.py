@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from glm45_jax import sharding
 from glm45_jax.kernels import attention
-from glm45_jax.kernels.dispatch import Implementation, anything, device, not_hopper, pick
+from glm45_jax.kernels.dispatch import Implementation, anything, not_hopper, not_tpu, pick
 
 NEW_TOKENS = 4  # most that decoding has at once: one drawn, three drafted (spec 2.4)
 
@@ -164,8 +164,8 @@ def _mosaic_refuses(q_BTNH, k_LPSKH, v_LPSKH, latent) -> str | None:
 def _mosaic_tpu_supports(
     q_BTNH, k_LPSKH, v_LPSKH, *, layer, table_BP, start_B, skip=0, latent=False
 ) -> str | None:
-    if (platform := device().platform) != "tpu":
-        return f"mosaic_tpu is for TPU; this is {platform}"
+    if why := not_tpu():
+        return why
     from glm45_jax.kernels.decode_attention_tpu import refuses
 
     args: tuple[Any, ...] = (q_BTNH, k_LPSKH, v_LPSKH, table_BP)

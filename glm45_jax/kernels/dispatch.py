@@ -45,6 +45,12 @@ def not_hopper() -> str | None:
     )
 
 
+def not_tpu() -> str | None:
+    """Why no kernel for TPU runs on that device, or None."""
+    platform = device().platform
+    return None if platform == "tpu" else f"mosaic_tpu needs a TPU; this is {platform}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One way to compute an op.

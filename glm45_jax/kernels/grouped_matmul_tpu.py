@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from glm45_jax.kernels.dispatch import device
+from glm45_jax.kernels.dispatch import device, not_tpu
 
 LANES = 128
 PACKED = 16  # rows of bfloat16 that one register holds: where a block may begin
@@ -141,12 +141,12 @@ def refuses(
     None.
     """
     if chip is None:
-        target = device()
-        if target.platform != "tpu":
-            return f"needs a TPU; this is {target.platform}"
-        if target.device_kind not in CHIPS:
-            return f"is compiled for {sorted(CHIPS)}; this is {target.device_kind}"
-        chip = CHIPS[target.device_kind]
+        if why := not_tpu():
+            return why
+        kind = device().device_kind
+        if kind not in CHIPS:
+            return f"is compiled for {sorted(CHIPS)}; this is {kind}"
+        chip = CHIPS[kind]
     if x_RD.dtype != jnp.bfloat16 or w_EDF.dtype != jnp.bfloat16:
         return f"rows are {x_RD.dtype}, matrices {w_EDF.dtype}, both must be bfloat16"
     (R, D), F = x_RD.shape, w_EDF.shape[2]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from glm45_jax.kernels.dispatch import Implementation, anything, pick
+from glm45_jax.kernels.dispatch import Implementation, anything, not_tpu, pick
 
 TILE = 128  # tokens that are counted together
 
@@ -104,7 +104,7 @@ def mosaic_tpu(logits_ME, bias_E, **kwargs) -> Routing:
 def _mosaic_tpu_supports(logits_ME, bias_E, **kwargs) -> str | None:
     from glm45_jax.kernels import routing_tpu
 
-    return routing_tpu.not_tpu() or routing_tpu.refuses(logits_ME, bias_E, **kwargs)
+    return not_tpu() or routing_tpu.refuses(logits_ME, bias_E, **kwargs)
 
 
 def _choices(logits_ME, bias_E, groups, top_groups) -> tuple[jax.Array, jax.Array]:

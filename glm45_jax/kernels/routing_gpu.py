@@ -47,12 +47,14 @@ def refuses_top_k(choice_ME: jax.Array | jax.ShapeDtypeStruct, A: int) -> str | 
 def top_k(choice_ME: jax.Array, A: int, *, interpret: bool = False) -> jax.Array:
     """The A largest of each row, largest first, of equals the first: their places, int32 [M, A].
 
-    choice_ME: float32 without NaN, E a multiple of 8. As `lax.top_k(choice_ME, A)[1]`, which is for
-    any A and sorts; but zeros of both signs are equal here.
+    choice_ME: float32, E a multiple of 8. As `lax.top_k(choice_ME, A)[1]`, which is for any A and
+    sorts; but zeros of both signs are equal here, and so are NaN and infinity.
     """
     M, E = choice_ME.shape
     tiles = pl.cdiv(M, HALF)
-    choice_ME = jnp.pad(choice_ME.astype(jnp.float32), ((0, tiles * HALF - M), (0, 0)))
+    choice_ME = choice_ME.astype(jnp.float32)
+    choice_ME = jnp.where(jnp.isnan(choice_ME), jnp.inf, choice_ME)  # NaN equals nothing
+    choice_ME = jnp.pad(choice_ME, ((0, tiles * HALF - M), (0, 0)))
 
     def kernel(choice_ref, out_ref):
         rows = pl.ds(lax.axis_index("tile") * HALF, HALF)

@@ -25,7 +25,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from glm45_jax.kernels.dispatch import device
 from glm45_jax.kernels.routing import Routing
 
 TILE = 512  # tokens a step
@@ -53,12 +52,6 @@ def refuses(
     if M * top_k == 0 or E << _bits(M * top_k) > 2**31:
         return f"{M * top_k} rows of {E} experts, an expert and a row must fit in 31 bits"
     return None
-
-
-def not_tpu() -> str | None:
-    """Why it cannot run on the device that the traced code is for, or None."""
-    target = device()
-    return None if target.platform == "tpu" else f"needs a TPU; this is {target.platform}"
 
 
 def route(

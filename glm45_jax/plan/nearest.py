@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from glm45_jax import sharding
-from glm45_jax.kernels import attention, attention_tpu
+from glm45_jax.kernels import attention
 from glm45_jax.model import cost
 from glm45_jax.optim.muon import Muon
 from glm45_jax.plan import roofline
@@ -77,8 +77,11 @@ def keeps_scores(exp: Any, platform: str) -> bool:
     dtype = jnp.dtype(exp.model.dtype)
     q = jax.ShapeDtypeStruct((1, exp.data.seq_len, exp.model.mixer.heads, width), dtype)
     k = jax.ShapeDtypeStruct((1, exp.data.seq_len, heads, width), dtype)
-    if platform == "tpu" and attention_tpu.refuses(q, k, k, rows=1) is None:
-        return False  # `supports` would ask the device that is here
+    if platform == "tpu":  # `supports` would ask the device that is here
+        from glm45_jax.kernels import attention_tpu  # Pallas is imported where it is used
+
+        if attention_tpu.refuses(q, k, k, rows=1) is None:
+            return False
     for i in attention.IMPLS:
         if platform in i.auto and not (i.supports(q, k, k) or i.yields(q, k, k)):
             return i.name == "reference"

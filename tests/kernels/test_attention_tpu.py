@@ -3,16 +3,13 @@ takes on a mesh of chips that are not here, at GLM shapes.
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 
-from glm45_jax.plan import compile as plan
-from glm45_jax.plan import targets, wheels
+from tests.kernels import ahead
 
 CHIPS = {"v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-LIMIT_S = 400
 # A child compiles each case and prints what the compiler said.
 CHILD = r"""
 import functools, json, sys, time
@@ -84,24 +81,12 @@ CASES = {
 }
 
 
-def compile_for(chip, cases):
-    """What the child printed, a line a case, and all it wrote if it failed."""
-    if why := wheels.missing("tpu"):
-        pytest.skip(why)
-    target = CHIPS[chip]
-    command = [sys.executable, "-c", CHILD, json.dumps([target, cases])]
-    env = plan.environment(targets.parse(target))
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-def test_every_kernel_compiles_at_glm_shapes_and_copies_no_pages(chip):
-    found, said = compile_for(chip, list(CASES.values()))
-    assert len(found) == len(CASES), plan.last_words(said)
+def test_every_kernel_compiles_at_glm_shapes_and_copies_no_pages(chip, monkeypatch):
+    told = json.dumps([CHIPS[chip], list(CASES.values())])
+    found = ahead.compiled(CHIPS[chip], [sys.executable, "-c", CHILD, told], monkeypatch)
+    assert len(found) == len(CASES)
     for (name, case), one in zip(CASES.items(), found, strict=True):
         print(chip, name, f"{one['seconds']:.1f} s, {one['temporary'] / 2**20:.0f} MiB temporary")
         assert one["kernels"] == (1 if case[1] == "decode" else 2), name

@@ -5,20 +5,16 @@ registers are what a compiler can tell.
 
 import functools
 import json
-import pathlib
-import subprocess
 import sys
 import time
 
 import pytest
 
 from glm45_jax.kernels.shapes import ATTENTION, DECODE, GROUPED, ROUTING
-from glm45_jax.plan import compile as compiling
-from glm45_jax.plan import targets, wheels
+from glm45_jax.plan import targets
+from tests.kernels import ahead
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 TARGET = "h100:1x1"
-LIMIT_S = 1500.0  # of the child, which takes two minutes of an idle machine
 WIDE = {  # rows, inputs, outputs; of FP8: the prompt's rows and a decode step's
     "air attention out": (4096, 12_288, 4096),
     "air dense": (64, 4096, 10_944),
@@ -40,22 +36,8 @@ NAMES = sorted(
 
 @pytest.mark.slow
 def test_every_hopper_kernel_compiles_at_every_large_shape(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    if why := wheels.missing("gpu"):
-        pytest.skip(f"GPU kernels are not compiled here: {why}")
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=compiling.environment(targets.parse(TARGET)),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    with capsys.disabled():
-        for row in rows:
-            print(f"\n  {row}", end="")
-    assert done.returncode == 0, compiling.last_words(done.stderr)
+    rows = ahead.compiled(TARGET, [sys.executable, __file__], monkeypatch)
+    ahead.show(TARGET, rows, capsys)
     assert sorted(row["name"] for row in rows) == NAMES
     assert not [row for row in rows if row["kernels"] == 0]
 

@@ -4,18 +4,14 @@ of GLM-4.5 and GLM-4.5-Air by a compiler that needs no TPU. Nothing runs.
 
 import functools
 import json
-import pathlib
-import subprocess
 import sys
 import time
 
 import pytest
 
-from glm45_jax.plan import compile as compiling
-from glm45_jax.plan import targets, wheels
+from glm45_jax.plan import targets
+from tests.kernels import ahead
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-LIMIT_S = 1500.0  # of one child, which takes a minute or two of an idle machine
 CASES = {  # rows, width, width of an expert, experts
     "air gate": (65_536, 4096, 1408, 128),
     "air down": (65_536, 1408, 4096, 128),
@@ -30,22 +26,8 @@ NAMES = sorted([f"{case} {product}" for case in CASES for product in PRODUCTS] +
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["v5p:2x2x1", "v6e:2x2"])
 def test_the_tpu_kernels_compile_at_the_models_shapes(target, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    if why := wheels.missing("tpu"):
-        pytest.skip(f"TPU kernels are not compiled here: {why}")
-    done = subprocess.run(
-        [sys.executable, __file__, target],
-        env=compiling.environment(targets.parse(target)),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, compiling.last_words(done.stderr)
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    with capsys.disabled():
-        for row in rows:
-            print(f"\n  {target} {row}", end="")
+    rows = ahead.compiled(target, [sys.executable, __file__, target], monkeypatch)
+    ahead.show(target, rows, capsys)
     assert sorted(row["name"] for row in rows) == NAMES
     for row in rows:
         # One kernel, and no copy of a matrix or of rows beside it.

@@ -26,6 +26,12 @@ def test_the_largest_are_those_of_a_sort_and_of_equals_the_first(M, E, A):
         np.testing.assert_array_equal(ours, jax.lax.top_k(choice, A)[1])
 
 
+def test_a_nan_is_the_largest_and_names_an_expert():
+    choice = choices(64, 8, 0).at[3, 5].set(jnp.nan).at[9].set(jnp.nan)
+    ours = routing_gpu.top_k(choice, 3, interpret=True)
+    np.testing.assert_array_equal(ours, jax.lax.top_k(choice, 3)[1])
+
+
 @pytest.mark.parametrize("R", [4, 75])
 def test_rows_are_taken_by_number(R):
     rng = np.random.default_rng(R)

@@ -1,0 +1,42 @@
+"""Kernels compiled for a machine that is not here, in a child with that machine's compiler."""
+
+import json
+import pathlib
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from glm45_jax.plan import compile as compiling
+from glm45_jax.plan import targets, wheels
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LIMIT_S = 1500.0  # of a child, which takes a minute or two of an idle machine
+
+
+def compiled(target: str, command: Sequence[str], monkeypatch) -> list[dict[str, Any]]:
+    """What the child printed, a JSON object a line; the test fails with its last words if it does.
+    Skips where the target's compiler is not installed.
+    """
+    monkeypatch.chdir(ROOT)  # compilers lie below it
+    machine = targets.parse(target)
+    if why := wheels.missing(machine.chip.platform):
+        pytest.skip(f"kernels for {target} are not compiled here: {why}")
+    done = subprocess.run(
+        command,
+        env=compiling.environment(machine),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, compiling.last_words(done.stderr)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def show(target: str, rows: Sequence[dict[str, Any]], capsys) -> None:
+    """None; prints the rows although pytest keeps what tests print."""
+    with capsys.disabled():
+        for row in rows:
+            print(f"\n  {target} {row}", end="")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is measured on a GPU machine, part by part: each writes its rows into the result file beside those of the others.
-# usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]      parts: tests kernels train muon rollout speculation (all of them)
+# usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]      parts: tests kernels train air muon rollout speculation (all of them)
 # MINUTES (default 10) ends a part that takes longer; the parts after it still run.
 set -uo pipefail
 out=${1:?usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]}
@@ -26,6 +26,7 @@ run_kernels() {
   bench kernels_fp8
 }
 run_train() { bench train_step --peer; }
+run_air() { bench air_step; }
 run_muon() {
   bench muon --only mini
   bench muon --only air
@@ -50,8 +51,8 @@ run_speculation() { # tokens: made where the data packages are, by bench.specula
   bench speculation --tokens "$tokens" --steps 200 --batches 1 64 --drafts 0 3
 }
 
-[ $# -gt 0 ] || set -- tests kernels train muon rollout speculation
+[ $# -gt 0 ] || set -- tests kernels train air muon rollout speculation
 for part in "$@"; do
-  declare -F "run_$part" >/dev/null || { echo "no part $part; tests kernels train muon rollout speculation" >&2; exit 2; }
+  declare -F "run_$part" >/dev/null || { echo "no part $part; tests kernels train air muon rollout speculation" >&2; exit 2; }
 done
 for part in "$@"; do "run_$part"; done

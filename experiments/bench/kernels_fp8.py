@@ -110,11 +110,13 @@ def scaled_mm(x_MI: Any, w_OI: Any) -> Callable[[], Any]:
     from torch.nn.functional import scaled_mm as product
 
     (M, I), O = x_MI.shape, w_OI.shape[0]
+    w_OI = w_OI.contiguous()  # a transposed one stays so through the division, and cuBLAS refuses
     x, w = x_MI.float().view(M, I // 128, 128), w_OI.float().view(O // 128, 128, I // 128, 128)
     sx, sw = x.abs().amax(2) / 448, w.abs().amax((1, 3)) / 448
     x8 = (x / sx[..., None]).to(torch.float8_e4m3fn).view(M, I)
     w8 = (w / sw[:, None, :, None]).to(torch.float8_e4m3fn).view(O, I)
-    sx, kinds = sx.t().contiguous().t(), (ScalingType.BlockWise1x128, ScalingType.BlockWise128x128)
+    sx = sx.t().clone(memory_format=torch.contiguous_format).t()  # of one row too: strides (1, M)
+    kinds = (ScalingType.BlockWise1x128, ScalingType.BlockWise128x128)
     return lambda: product(x8, w8.t(), sx, kinds[0], sw.t(), kinds[1], output_dtype=torch.bfloat16)
 
 

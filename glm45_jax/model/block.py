@@ -86,35 +86,37 @@ def block(
     """x + mixer(norm x), then + ffn(norm x). Returns the residual stream [B, T, D] and the layer's
     `BlockOut`. routes_BTA: experts of a MoE layer chosen elsewhere.
     """
-    mixed_BTD, cache = cfg.mixer(
-        p.mixer,
-        rms_norm(x_BTD, p.norm_mixer_D, cfg.norm_eps),
-        turn=flow.turn,
-        positions_BT=flow.positions_BT,
-        segments_BT=flow.segments_BT,
-        eps=cfg.norm_eps,
-        impl=cfg.impl.attention,
-        impl_decode=cfg.impl.decode_attention,
-        cache=cache,
-        slots=flow.slots,
-        attend=flow.attend,
-    )
-    x_BTD = x_BTD + checkpoint_name(mixed_BTD, "attention_out")
-    normed_BTD = rms_norm(x_BTD, p.norm_ffn_D, cfg.norm_eps)
-    if isinstance(p.ffn, MlpParams):
-        y_BTD, out = swiglu(p.ffn, normed_BTD), BlockOut(None, None, None, cache)
-    else:
-        moe = cfg.moe(
-            p.ffn,
-            normed_BTD,
+    with jax.named_scope("attention"):
+        mixed_BTD, cache = cfg.mixer(
+            p.mixer,
+            rms_norm(x_BTD, p.norm_mixer_D, cfg.norm_eps),
+            turn=flow.turn,
+            positions_BT=flow.positions_BT,
             segments_BT=flow.segments_BT,
-            impl_route=cfg.impl.routing,
-            impl_matmul=cfg.impl.grouped_matmul,
-            routes_BTA=routes_BTA,
+            eps=cfg.norm_eps,
+            impl=cfg.impl.attention,
+            impl_decode=cfg.impl.decode_attention,
+            cache=cache,
+            slots=flow.slots,
+            attend=flow.attend,
         )
-        y_BTD = moe.y_BTD
-        out = BlockOut(moe.load_E, moe.balance_B, moe.logits_BTE, cache, moe.spilled)
-    x_BTD = x_BTD + checkpoint_name(y_BTD, "ffn_out")
+        x_BTD = x_BTD + checkpoint_name(mixed_BTD, "attention_out")
+    with jax.named_scope("mlp" if isinstance(p.ffn, MlpParams) else "experts"):
+        normed_BTD = rms_norm(x_BTD, p.norm_ffn_D, cfg.norm_eps)
+        if isinstance(p.ffn, MlpParams):
+            y_BTD, out = swiglu(p.ffn, normed_BTD), BlockOut(None, None, None, cache)
+        else:
+            moe = cfg.moe(
+                p.ffn,
+                normed_BTD,
+                segments_BT=flow.segments_BT,
+                impl_route=cfg.impl.routing,
+                impl_matmul=cfg.impl.grouped_matmul,
+                routes_BTA=routes_BTA,
+            )
+            y_BTD = moe.y_BTD
+            out = BlockOut(moe.load_E, moe.balance_B, moe.logits_BTE, cache, moe.spilled)
+        x_BTD = x_BTD + checkpoint_name(y_BTD, "ffn_out")
     return constrain(x_BTD, ("batch", "seq", None)), out
 
 

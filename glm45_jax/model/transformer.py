@@ -154,8 +154,9 @@ def embed(params: Params, tokens_BT: jax.Array, cfg: ModelConfig) -> jax.Array:
     """Token embeddings [B/batch, T/seq, D] in `cfg.dtype`; the table is gathered over fsdp first,
     as every weight is.
     """
-    table_VD = constrain(params.embed_VD.astype(compute_dtype(cfg)), ("vocab", None))
-    return constrain(table_VD[tokens_BT], ("batch", "seq", None))
+    with jax.named_scope("embed"):
+        table_VD = constrain(params.embed_VD.astype(compute_dtype(cfg)), ("vocab", None))
+        return constrain(table_VD[tokens_BT], ("batch", "seq", None))
 
 
 def make_flow(

@@ -158,14 +158,15 @@ def target_nll(
 
 
 def _nll(params: Params, hidden_BTD, targets_BT, cfg: ModelConfig, scale_BT) -> jax.Array:
-    nll_M = token_nll(
-        sharding.flat(hidden_BTD),
-        params.head_DV,
-        sharding.flat(targets_BT),
-        impl=cfg.impl.cross_entropy,
-        scale_M=None if scale_BT is None else sharding.flat(scale_BT),
-    )
-    return sharding.unflat(nll_M, targets_BT.shape)
+    with jax.named_scope("head"):
+        nll_M = token_nll(
+            sharding.flat(hidden_BTD),
+            params.head_DV,
+            sharding.flat(targets_BT),
+            impl=cfg.impl.cross_entropy,
+            scale_M=None if scale_BT is None else sharding.flat(scale_BT),
+        )
+        return sharding.unflat(nll_M, targets_BT.shape)
 
 
 def _at_least_one(n: Any) -> jax.Array:

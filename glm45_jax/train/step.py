@@ -106,8 +106,9 @@ def descend(
     lr = optim.lr_at(
         tokens_float(tokens_seen)
     )  # at the batch's end: the first step of a warmup moves
-    updates, opt = tx.update(grads, state.opt, state.params)
-    params = rounding.moved(state.params, updates, lr, state.key)
+    with jax.named_scope("optimizer"):
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = rounding.moved(state.params, updates, lr, state.key)
     if bias_rate is not None:
         params = move_bias(params, out.load_LE, bias_rate)
     now = TrainState(

@@ -63,9 +63,12 @@ def test_bytes_are_those_of_what_an_update_reads_and_writes(momentum):
 
 def test_a_run_of_the_small_experts_has_a_row_for_each_contender_and_momentum():
     saved = []
-    bench.run(bench.tiny()[1:], None, saved.extend, small=True)
-    assert [(r["impl"], r["momentum"]) for r in saved] == [
-        (impl, m) for m in bench.MOMENTA for impl in (bench.OURS, bench.OPTAX)
+    bench.run(bench.tiny()[1:], bench.TINY_STACKS, None, saved.extend, small=True)
+    alone = [("xla", None), ("gram", None)]
+    forms = (f"{bench.OURS} xla", f"{bench.OURS} gram", bench.OPTAX)
+    assert [(r["impl"], r["momentum"]) for r in saved] == alone + [
+        (impl, m) for m in bench.MOMENTA for impl in forms
     ]
+    assert 0 < saved[1]["err"] < saved[0]["err"] < 0.2  # of the float32 form, in bfloat16
     assert all(r["ms"] > 0 and "error" not in r for r in saved)
     assert len({tuple(r[k] for k in bench.IDENTITY) for r in saved}) == len(saved)

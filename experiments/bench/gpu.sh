@@ -28,6 +28,7 @@ run_kernels() {
 run_train() { bench train_step --peer; }
 run_air() { bench air_step; }
 run_muon() {
+  bench muon --only alone
   bench muon --only mini
   bench muon --only air
 }

@@ -1,11 +1,13 @@
 """Muon's update beside optax's on one device: `python -m experiments.bench.muon`.
 
 Two cases: every weight of the 100M `mini`, and the experts of one GLM-4.5-Air layer (128 experts,
-three matrices of 4096 x 1408). An update takes float32 gradients, and moves momentum and float32
-weights where they lie. Rows: op, case, impl, momentum, ms, tflops (Newton-Schulz alone), percent of
-an 8192^3 product of the same run, gbs; for `mini` the share of its train step of 64K tokens, timed
-in the same run, for Air the share of the layer's FLOPs at 64K tokens, counted. FLOPs, bytes and the
-floor are printed before anything is timed. `--tiny` runs on a CPU and writes nothing.
+three matrices of 4096 x 1408), ours with every implementation of Newton-Schulz; then that alone,
+of one such stack and of one matrix of 4096 x 12288, beside its float32 form. An update takes
+float32 gradients, and moves momentum and float32 weights where they lie. Rows: op, case, impl,
+momentum, ms, tflops (Newton-Schulz alone, as if no product were symmetric and none saved), percent
+of an 8192^3 product of the same run, gbs; for `mini` the share of its train step of 64K tokens,
+timed in the same run, for Air the share of the layer's FLOPs at 64K tokens, counted. FLOPs, bytes
+and the floor are printed before anything is timed. `--tiny` runs on a CPU and writes nothing.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -25,14 +28,16 @@ import optax
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as optax_muon
 
-from experiments.bench.kernels import Contender, copy_gbs, matmul_ceiling, race
+from experiments.bench.kernels import Contender, copy_gbs, matmul_ceiling, of_jax, race
 from experiments.bench.results import device_name, merge_rows
 from experiments.bench.rollout import keep_compiled
 from experiments.bench.train_step import Case as Step
 from experiments.bench.train_step import random_batch
 from glm45_jax import params as params_lib
+from glm45_jax.kernels import newton_schulz as newton_schulz_lib
+from glm45_jax.kernels import newton_schulz_gpu
 from glm45_jax.model import config, cost, transformer
-from glm45_jax.optim.muon import Muon, newton_schulz_flops
+from glm45_jax.optim.muon import Impl, Muon, newton_schulz, newton_schulz_flops
 from glm45_jax.optim.schedules import Constant
 from glm45_jax.params import ParamSpec
 from glm45_jax.sharding import MeshShape
@@ -58,6 +63,7 @@ class Case:
     specs: Any
     dtype: Any = jnp.bfloat16
     samples: int = 10
+    impls: tuple[Impl, ...] = ("xla", "gram", "mosaic")
     momenta: tuple[Momentum, ...] = ("float32",)
     share: float | None = None
 
@@ -91,14 +97,17 @@ def air(tokens: int = 65_536) -> Case:
     layer += (a_token.experts + a_token.router) / cfg.n_moe
     share = newton_schulz_flops(specs) / (newton_schulz_flops(specs) + tokens * layer)
     shape = f"E{cfg.moe.experts} {cfg.d_model} x {cfg.moe.d_expert} x 3"
-    return Case("air experts", shape, specs, samples=4, momenta=MOMENTA, share=share)
+    impls: tuple[Impl, ...] = ("xla", "mosaic")
+    return Case("air experts", shape, specs, jnp.bfloat16, 4, impls, MOMENTA, share)
 
 
 def tiny() -> tuple[Case, Case]:
     """Both cases in small, in float32."""
     whole = Case("tiny", "D64", transformer.specs(config.tiny()), jnp.float32, 2)
     experts = {"up": ParamSpec((1, 4, 24, 16), ("layers", "experts", "embed", "mlp"))}
-    return whole, Case("tiny experts", "E4 24 x 16", experts, jnp.float32, 2, MOMENTA, 0.5)
+    impls: tuple[Impl, ...] = ("xla", "gram")
+    few = Case("tiny experts", "E4 24 x 16", experts, jnp.float32, 2, impls, MOMENTA, 0.5)
+    return dataclasses.replace(whole, impls=impls), few
 
 
 def sides(spec: ParamSpec) -> MuonDimensionNumbers | None:
@@ -112,9 +121,12 @@ def sides(spec: ParamSpec) -> MuonDimensionNumbers | None:
     return MuonDimensionNumbers(tuple(range(first, cut)), tuple(range(cut, len(spec.shape))))
 
 
-def ours(case: Case, momentum: Momentum) -> tuple[optax.GradientTransformation, Any]:
+def ours(
+    case: Case, momentum: Momentum, impl: Impl = "auto"
+) -> tuple[optax.GradientTransformation, Any]:
     """(our optimizer, dtype it is given)."""
-    optim = Muon(dtype=case.dtype.dtype.name, momentum_dtype=momentum, clip_norm=None)
+    dtype = case.dtype.dtype.name
+    optim = Muon(dtype=dtype, momentum_dtype=momentum, clip_norm=None, impl=impl)
     tx = optax.chain(optim.build(case.specs), optax.scale(LR))
     return tx, jnp.float32
 
@@ -159,17 +171,20 @@ def compile_ahead(case: Case) -> None:
     """None; its programs are in the compile cache."""
     weights = params_lib.abstract(case.specs)
     for momentum in case.momenta:
-        for chosen in (ours(case, momentum), peer(case, momentum)):
+        for chosen in (*(ours(case, momentum, i) for i in case.impls), peer(case, momentum)):
             start, update = jitted(case, chosen)
             start.lower(weights).compile()
             update.lower(weights, jax.eval_shape(start, weights), weights).compile()
 
 
-def contender(case: Case, chosen: tuple[Any, Any], grads: Any) -> Contender:
-    """An update that goes on from where the last one ended; nothing is kept twice."""
+def contender(case: Case, chosen: tuple[Any, Any], grads: Any, held: list[Any]) -> Contender:
+    """An update that goes on from where the last one ended; nothing is kept twice. held: weights
+    and state, or nothing yet; contenders of one kind of state may share it.
+    """
     start, update = jitted(case, chosen)
-    weights = draw(case.specs, 0)
-    held = [(weights, start(weights))]
+    if not held:
+        weights = draw(case.specs, 0)
+        held.append((weights, start(weights)))
 
     def call() -> Any:
         held[0] = update(*held[0], grads)
@@ -223,13 +238,14 @@ def measure(case: Case, ceiling: float, step_ms: float | None) -> list[dict[str,
     table = []
     grads = draw(case.specs, 1)
     for momentum in case.momenta:
-        found = race(
-            {
-                OURS: lambda m=momentum: contender(case, ours(case, m), grads),  # type: ignore[misc]
-                OPTAX: lambda m=momentum: contender(case, peer(case, m), grads),  # type: ignore[misc]
-            },
-            samples=case.samples,
-        )
+        held: list[Any] = []
+        contenders: dict[str, Callable[[], Contender]] = {
+            f"{OURS} {impl}": partial(contender, case, ours(case, momentum, impl), grads, held)
+            for impl in case.impls
+        }
+        contenders[OPTAX] = partial(contender, case, peer(case, momentum), grads, [])
+        found = race(contenders, samples=case.samples)
+        del contenders
         for impl, result in found.items():
             row: dict[str, Any] = {
                 "op": "muon_update",
@@ -241,7 +257,111 @@ def measure(case: Case, ceiling: float, step_ms: float | None) -> list[dict[str,
             row |= of_time(case, momentum, result, ceiling, step_ms)
             table.append(row)
             print({k: v for k, v in row.items() if k not in ("op", "flops")}, flush=True)
+        held.clear()
         gc.collect()
+    return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Matrices for Newton-Schulz alone. checked: how many are compared with the float32 form."""
+
+    count: int
+    m: int
+    n: int
+    checked: int = 1
+    impls: tuple[Impl, ...] = ("xla", "gram", "mosaic")
+
+    @property
+    def flops(self) -> float:
+        """As `newton_schulz_flops`."""
+        spec = ParamSpec((self.count, self.m, self.n), ("experts", "embed", "mlp"))
+        return newton_schulz_flops(spec)
+
+    def draw(self) -> jax.Array:
+        """bfloat16, with singular values over four decades."""
+        scale_11n = jnp.logspace(0.0, -4.0, self.n)[None, None]
+        key = jax.random.key(0, impl="rbg")
+        shape = (self.count, self.m, self.n)
+        make = jax.jit(lambda: (jax.random.normal(key, shape) * scale_11n).astype(jnp.bfloat16))
+        return make()
+
+
+STACKS = (Stack(128, 4096, 1408), Stack(1, 4096, 12_288))
+TINY_STACKS = (Stack(2, 24, 16, impls=("xla", "gram")),)
+
+
+def measure_alone(stack: Stack, ceiling: float) -> list[dict[str, Any]]:
+    """Rows of Newton-Schulz alone. err: distance from its float32 form of the same bfloat16
+    matrices, as a share of its norm; largest: of an entry, as a share of the root mean square.
+    """
+    x = stack.draw()
+    exact = jax.jit(lambda x: newton_schulz(x, dtype=jnp.float32, impl="xla"))
+    wanted = exact(x[: stack.checked])
+    largest: list[float] = []
+
+    def error(out: jax.Array) -> float:
+        apart = jnp.abs(out[: stack.checked].astype(jnp.float32) - wanted)
+        largest.append(float(jnp.max(apart) / jnp.sqrt(jnp.mean(jnp.square(wanted)))))
+        return float(jnp.linalg.norm(apart) / jnp.linalg.norm(wanted))
+
+    found = race(
+        {
+            impl: partial(of_jax, partial(newton_schulz, dtype=jnp.bfloat16, impl=impl), x)
+            for impl in stack.impls
+        },
+        samples=6,
+        error=error,
+    )
+    shape, table, seen = f"{stack.count} x {stack.m} x {stack.n}", [], iter(largest)
+    for impl, result in found.items():
+        row: dict[str, Any] = {"op": "newton_schulz", "case": "alone", "shape": shape, "impl": impl}
+        row |= {"momentum": None, "flops": stack.flops, "ceiling_tflops": round(ceiling, 1)}
+        row |= result
+        if "ms" in result:
+            rate = stack.flops / result["ms"] / 1e9
+            row |= {"tflops": round(rate, 1), "pct_of_ceiling": round(100 * rate / ceiling, 1)}
+            row["largest"] = round(next(seen), 4)
+        table.append(row)
+        print({k: v for k, v in row.items() if k not in ("op", "flops", "momentum")}, flush=True)
+    return table
+
+
+def measure_products(stack: Stack, ceiling: float) -> list[dict[str, Any]]:
+    """Rows of the kernel's products that make up an iteration, with both widths of tiles, and of
+    XLA's for the same numbers; flops are those of the whole result, also where half is computed.
+    """
+    x = stack.draw()
+    side, scale = min(stack.m, stack.n), jnp.full((stack.count,), 1e-2)
+    square = x[:, :side, :side].astype(jnp.float16)
+    tall = stack.m > stack.n
+    inner = {"symmetric": True, "lhs_t": tall, "rhs_t": not tall, "dtype": jnp.float16}
+    poly = {"symmetric": True, "shifted": True, "diagonal": 3.4445, "dtype": jnp.float16}
+    q = square.astype(jnp.bfloat16)
+    longer = 2.0 * stack.count * side * stack.m * stack.n
+    cases: dict[str, tuple[tuple[Any, ...], dict[str, Any], float]] = {
+        "inner products": ((x, x), inner, longer),
+        "polynomial": ((square, square), poly, 2.0 * stack.count * side**3),
+        "into the matrix": ((x, q) if tall else (q, x), {}, longer),
+    }
+    table = []
+    for what, (args, kwargs, flops) in cases.items():
+        forms = {"xla": newton_schulz_lib.product} | {
+            f"mosaic, {plan.columns} columns": partial(newton_schulz_gpu.product, plan=plan)
+            for plan in (newton_schulz_gpu.Plan(256, 4), newton_schulz_gpu.Plan(128, 6))
+        }
+        contenders: dict[str, Callable[[], Contender]] = {
+            name: partial(of_jax, partial(form, **kwargs), *args, scale, scale)
+            for name, form in forms.items()
+        }
+        for impl, result in race(contenders, samples=6).items():
+            row: dict[str, Any] = {"op": "newton_schulz_product", "case": what, "impl": impl}
+            row |= {"shape": f"{stack.count} x {stack.m} x {stack.n}", "momentum": None} | result
+            if "ms" in result:
+                rate = flops / result["ms"] / 1e9
+                row |= {"tflops": round(rate, 1), "pct_of_ceiling": round(100 * rate / ceiling, 1)}
+            table.append(row)
+            print({k: v for k, v in row.items() if k not in ("op", "momentum")}, flush=True)
     return table
 
 
@@ -268,11 +388,16 @@ def _as(tree: Any, dtype: Any) -> Any:
 
 
 def run(
-    cases: tuple[Case, ...], step: Step | None, save: Callable[[list], None], *, small: bool = False
+    cases: tuple[Case, ...],
+    stacks: tuple[Stack, ...],
+    step: Step | None,
+    save: Callable[[list], None],
+    *,
+    small: bool = False,
 ) -> None:
-    """None; rows of a case are printed and saved when they are there. All is compiled first, the
-    train step in a thread: it takes longest. step: None: not timed. small: cases for a CPU, beside
-    a product and a copy that it can do.
+    """None; rows of a case are printed and saved when they are there. All updates are compiled
+    first, the train step in a thread: it takes longest. step: None: not timed. small: cases for a
+    CPU, beside a product and a copy that it can do.
     """
     began = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -288,6 +413,11 @@ def run(
     step_ms = None if timed is None else timed()
     if step is not None:
         print(f"train step of {step.rows * step.seq_len:,} tokens: {step_ms:.2f} ms", flush=True)
+    for stack in stacks:
+        save(measure_alone(stack, ceiling))
+        if not small:
+            save(measure_products(stack, ceiling))
+        gc.collect()
     for case in cases:
         save(measure(case, ceiling, step_ms))
 
@@ -298,7 +428,9 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only", choices=("mini", "air"), help="one case; air times no train step")
+    parser.add_argument(
+        "--only", choices=("mini", "air", "alone"), help="one case; only mini times a train step"
+    )
     args = parser.parse_args()
     keep_compiled()
     began = time.perf_counter()
@@ -311,9 +443,10 @@ def main() -> None:
             print(f"wrote {file}", flush=True)
 
     cases = tiny() if args.tiny else (mini(), air())
-    chosen = {None: cases, "mini": cases[:1], "air": cases[1:]}[args.only]
-    step = None if args.only == "air" else STEP["tiny" if args.tiny else "full"]
-    run(chosen, step, save, small=args.tiny)
+    chosen = {None: cases, "mini": cases[:1], "air": cases[1:], "alone": ()}[args.only]
+    alone = TINY_STACKS if args.tiny else STACKS
+    step = None if args.only in ("air", "alone") else STEP["tiny" if args.tiny else "full"]
+    run(chosen, alone if args.only in (None, "alone") else (), step, save, small=args.tiny)
     print(f"{time.perf_counter() - began:.0f} s in all", flush=True)
 
 

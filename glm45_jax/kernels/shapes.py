@@ -76,6 +76,16 @@ class LossShape:
     small: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class MatricesShape:
+    """B matrices with sides m and n."""
+
+    B: int
+    m: int
+    n: int
+    small: bool = False
+
+
 ATTENTION = {
     "tiny": AttentionShape(2, 24, 6, 2, 16, small=True),
     "tiny packed": AttentionShape(2, 24, 6, 2, 16, packed=True, small=True),
@@ -118,4 +128,17 @@ LOSS = {
     "one chunk": LossShape(30, 16, 100, 512, small=True),
     "ragged chunk": LossShape(33, 16, 101, 32, small=True),
     "air": LossShape(8192, 4096, 151_552, 4096),
+}
+NEWTON_SCHULZ = {
+    "wide": MatricesShape(1, 24, 40, small=True),
+    "tall": MatricesShape(3, 40, 24, small=True),
+    "square": MatricesShape(2, 32, 32, small=True),
+    "odd": MatricesShape(5, 7, 13, small=True),
+    "a row": MatricesShape(1, 1, 6, small=True),
+    "half a tile left": MatricesShape(24, 192, 320),
+    "mini gate": MatricesShape(546, 512, 256),
+    "mini down": MatricesShape(264, 256, 512),
+    "air gate": MatricesShape(128, 4096, 1408),
+    "air down": MatricesShape(128, 1408, 4096),
+    "air attention": MatricesShape(1, 4096, 12_288),
 }

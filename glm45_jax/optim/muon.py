@@ -1,31 +1,41 @@
 """Muon for matrices and AdamW for the rest: GLM-4.5's optimizer, equal to Moonlight's step by step.
 
 `Muon` is the value an experiment holds, `muon` the whole optimizer as one optax transformation.
-Newton-Schulz runs on whole stacks [layers, experts, m, n] at once. On a mesh (`sharding.use`) each
-device first receives whole matrices of a stack, iterates alone, and sends the result back: one
-all-to-all each way instead of collectives in every iteration.
+Newton-Schulz (kernels/newton_schulz.py) runs on whole stacks [layers, experts, m, n] at once, small
+stacks of one shape joined. On a mesh (`sharding.use`) each device first receives whole matrices of
+a stack, iterates alone, and sends the result back: one all-to-all each way instead of collectives
+in every iteration.
 Letters: B leading dims of a stack, m and n the sides of a matrix, C matrices on one device.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from glm45_jax import params as plan
 from glm45_jax import sharding
+from glm45_jax.kernels import newton_schulz as kernels
 from glm45_jax.optim import mixed, rounding
 from glm45_jax.optim.schedules import Cosine, Schedule, Tokens
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Source: spec 2.7
-EPS = 1e-7
+QUINTIC = kernels.QUINTIC
+Impl = Literal["auto", "xla", "gram", "mosaic"]
+# Stacks of one shape go into Newton-Schulz as one up to this many numbers: joining costs a copy
+# and saves the fifty launches of a stack. `mini` has 31 stacks in 8 shapes; one of Air's is 7.4e8.
+JOINED = 2**28
+
+log = logging.getLogger(__name__)
 
 
 class MuonState(NamedTuple):
@@ -56,6 +66,7 @@ class Muon:
     adam_eps: float = 1e-8
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     momentum_dtype: Literal["bfloat16", "float32"] = "float32"
+    impl: Impl = "auto"  # of Newton-Schulz, see `scale_by_muon`
     clip_norm: float | None = 1.0  # UNVERIFIED for GLM
     master_dtype: rounding.MasterDtype = "float32"  # of the weights, see `rounding`
 
@@ -64,6 +75,8 @@ class Muon:
             raise ValueError(
                 f"steps {self.steps} must be at least 1, momentum {self.momentum} in [0, 1)"
             )
+        if self.impl not in get_args(Impl):
+            raise ValueError(f"Muon has no implementation {self.impl!r}; one of {get_args(Impl)}")
 
     def build(self, specs: Any) -> optax.GradientTransformation:
         """Updates for a learning rate of 1; the train step multiplies them by `lr_at`."""
@@ -90,6 +103,7 @@ def muon(
     specs: Any,
     dtype: Any = jnp.float32,
     momentum_dtype: Any = jnp.float32,
+    impl: Impl = "auto",
     adam_b1: float = 0.9,
     adam_b2: float = 0.95,
     adam_eps: float = 1e-8,
@@ -111,6 +125,7 @@ def muon(
             rms=rms,
             dtype=dtype,
             momentum_dtype=momentum_dtype,
+            impl=impl,
             specs=specs,
         ),
         mixed.add_decay(weight_decay, specs, decay_kinds),
@@ -132,6 +147,7 @@ def scale_by_muon(
     rms: float = 0.2,
     dtype: Any = jnp.bfloat16,
     momentum_dtype: Any = jnp.float32,
+    impl: Impl = "auto",
     specs: Any,
 ) -> optax.GradientTransformation:
     """Orthogonalised Nesterov momentum of every matrix, times rms * sqrt(larger side). float32.
@@ -139,7 +155,9 @@ def scale_by_muon(
     Every matrix of a stack is its own problem; `ParamSpec.matrix_shape` says how a weight reads as
     matrices. Leaves that are `optax.MaskedNode` (other kinds, see `mixed.by_kind`) pass through.
     dtype: of the Newton-Schulz products; the momentum is summed in float32 and kept in
-    `momentum_dtype`.
+    `momentum_dtype`. impl: of Newton-Schulz, by name as `kernels.newton_schulz` has them; matrices
+    with sides that the kernel of "mosaic" does not take go by "xla", as do those cut over a mesh,
+    and a line of the log says so.
     """
 
     def init(weights: Any) -> MuonState:
@@ -153,29 +171,17 @@ def scale_by_muon(
         )
         nesterov = jax.tree.map(lambda s, g: g + momentum * s, sums, grads)
 
-        def direction(spec: plan.ParamSpec, x: Any) -> Any:
-            if isinstance(x, optax.MaskedNode):
-                return x
-            _, m, n = spec.matrix_shape
-            return (
-                rms
-                * math.sqrt(max(m, n))
-                * orthogonal(x, spec, steps=steps, dtype=dtype).astype(jnp.float32)
-            )
-
-        directions = plan.tree_map(direction, specs, nesterov)
+        directions = _directions(nesterov, specs, rms=rms, steps=steps, dtype=dtype, impl=impl)
         return directions, MuonState(jax.tree.map(lambda s: s.astype(momentum_dtype), sums))
 
     return optax.GradientTransformation(init, update)
 
 
-def newton_schulz(x_Bmn: jax.Array, *, steps: int = 5, dtype: Any = jnp.bfloat16) -> jax.Array:
-    """Nearly orthogonal factor of each matrix, in `dtype`; singular values about 0.5 to 1.5.
-
-    x_Bmn: any leading dims, one problem each. The transpose gives the transpose, zero gives zero.
-    Source: spec 2.7 (five quintic steps after division by the Frobenius norm, as Moonlight).
-    """
-    return _iterate(x_Bmn.astype(dtype), steps=steps)
+def newton_schulz(
+    x_Bmn: jax.Array, *, steps: int = 5, dtype: Any = jnp.bfloat16, impl: Impl = "auto"
+) -> jax.Array:
+    """`kernels.newton_schulz` in `dtype`."""
+    return kernels.newton_schulz(x_Bmn.astype(dtype), steps=steps, impl=impl)
 
 
 def newton_schulz_flops(specs: Any, steps: int = 5) -> float:
@@ -192,26 +198,32 @@ def newton_schulz_flops(specs: Any, steps: int = 5) -> float:
 
 
 def orthogonal(
-    x: jax.Array, spec: plan.ParamSpec, *, steps: int = 5, dtype: Any = jnp.bfloat16
+    x: jax.Array,
+    spec: plan.ParamSpec,
+    *,
+    steps: int = 5,
+    dtype: Any = jnp.bfloat16,
+    impl: Impl = "auto",
 ) -> jax.Array:
     """`newton_schulz` of each matrix of a weight, in its shape, spread over the ambient mesh.
 
     x[spec.axes by rules] -> the same layout; on the way the matrices lie whole on single devices.
     Raises: ValueError where x is not of the plan's shape.
     """
-    if x.shape != spec.shape:
-        raise ValueError(f"gradient of shape {x.shape} for {spec}; the specs are of another model")
-    _, m, n = spec.matrix_shape
-    x = x.astype(dtype)  # before anything moves between devices
+    _same_shape(x, spec)
     ambient = sharding.current()
     if ambient is None or ambient[0].size == 1:
-        return _iterate(x.reshape(*spec.shape[: spec.batch_dims], m, n), steps=steps).reshape(
-            spec.shape
-        )
+        return _iterate(_as_stack(x, spec).astype(dtype), steps=steps, impl=impl).reshape(x.shape)
+    x = x.astype(dtype)  # before anything moves between devices
     mesh, rules = ambient
     layout = sharding.shardings(spec, mesh, rules).spec
+    _, m, n = spec.matrix_shape
     on_one = partial(
-        _on_one_device, moves=_plan_moves(spec, layout, mesh), long=1 if m > n else 2, steps=steps
+        _on_one_device,
+        moves=_plan_moves(spec, layout, mesh),
+        long=1 if m > n else 2,
+        steps=steps,
+        impl=impl,
     )
 
     def local(x_local: jax.Array) -> jax.Array:
@@ -223,35 +235,76 @@ def orthogonal(
     return jax.shard_map(local, mesh=mesh, in_specs=layout, out_specs=layout, check_vma=False)(x)
 
 
-def _iterate(x_Bmn: jax.Array, *, steps: int, split: tuple[str, ...] = ()) -> jax.Array:
+def _directions(
+    nesterov: Any, specs: Any, *, rms: float, steps: int, dtype: Any, impl: Impl
+) -> Any:
+    """rms * sqrt(larger side) * `orthogonal` of every leaf, float32; small stacks joined where
+    there is one device.
+    """
+    ambient = sharding.current()
+    leaves = jax.tree.leaves(specs, is_leaf=plan.is_spec)
+    grads, tree = jax.tree.flatten(nesterov, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    out = list(grads)
+    mine = [i for i, x in enumerate(grads) if not isinstance(x, optax.MaskedNode)]
+    if ambient is None or ambient[0].size == 1:
+        for i in mine:
+            _same_shape(grads[i], leaves[i])
+        for joined in _joined([leaves[i].matrix_shape for i in mine]):
+            parts = [mine[j] for j in joined]
+            stacks = [_as_stack(grads[i], leaves[i]).astype(dtype) for i in parts]
+            x = stacks[0] if len(parts) == 1 else jnp.concatenate(stacks)
+            y = _iterate(x, steps=steps, impl=impl)
+            ends = np.cumsum([len(stack) for stack in stacks])[:-1]
+            for i, piece in zip(parts, jnp.split(y, ends), strict=True):
+                out[i] = piece.reshape(grads[i].shape)
+    else:
+        for i in mine:
+            out[i] = orthogonal(grads[i], leaves[i], steps=steps, dtype=dtype, impl=impl)
+    for i in mine:
+        _, m, n = leaves[i].matrix_shape
+        out[i] = rms * math.sqrt(max(m, n)) * out[i].astype(jnp.float32)
+    return jax.tree.unflatten(tree, out)
+
+
+def _joined(shapes: Sequence[tuple[int, int, int]]) -> list[list[int]]:
+    """Which stacks [count, m, n] go together: of one m and n, up to JOINED numbers."""
+    groups: dict[tuple[int, int], list[list[int]]] = {}
+    sizes = [math.prod(shape) for shape in shapes]
+    for i, (_, m, n) in enumerate(shapes):
+        same = groups.setdefault((m, n), [])
+        if same and sum(sizes[j] for j in same[-1]) + sizes[i] <= JOINED:
+            same[-1].append(i)
+        else:
+            same.append([i])
+    return [group for same in groups.values() for group in same]
+
+
+def _as_stack(x: jax.Array, spec: plan.ParamSpec) -> jax.Array:
+    """[count, m, n]."""
+    return x.reshape(spec.matrix_shape)
+
+
+def _same_shape(x: jax.Array, spec: plan.ParamSpec) -> None:
+    """Raises: ValueError where x is not of the plan's shape."""
+    if x.shape != spec.shape:
+        raise ValueError(f"gradient of shape {x.shape} for {spec}; the specs are of another model")
+
+
+def _iterate(x_Bmn: jax.Array, *, steps: int, impl: Impl, split: tuple[str, ...] = ()) -> jax.Array:
     """Newton-Schulz in the dtype of x. `split`: mesh axes that cut the last side in `shard_map`."""
-    a, b, c = QUINTIC
-    exact = jax.lax.Precision.HIGHEST if x_Bmn.dtype == jnp.float32 else None  # no TF32 in float32
-    dot = partial(jnp.matmul, precision=exact)
-
-    def total(y: jax.Array) -> jax.Array:
-        return jax.lax.psum(y, split) if split else y
-
-    # A cut side looks short here; the caller has already put the longer side last.
-    flip = not split and x_Bmn.shape[-2] > x_Bmn.shape[-1]
-    x = x_Bmn.mT if flip else x_Bmn
-    squares = total(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True))
-    norm = jnp.sqrt(squares).astype(x.dtype).astype(jnp.float32)
-    x = (x.astype(jnp.float32) / (norm + EPS)).astype(x.dtype)
-
-    def step(_: Any, x: jax.Array) -> jax.Array:
-        gram = total(dot(x, x.mT, preferred_element_type=jnp.float32)).astype(x.dtype)
-        return _times(a, x) + dot(_times(b, gram) + dot(_times(c, gram), gram), x)
-
-    # A loop, not unrolled: a model has dozens of shapes of matrix, and each would compile five
-    # times.
-    x = jax.lax.fori_loop(0, steps, step, x)
-    return x.mT if flip else x
+    if split:
+        if impl not in ("auto", "xla"):
+            _say_once(impl, f"matrices [{x_Bmn.shape[-2]}, {x_Bmn.shape[-1]} / {split}] are cut")
+        return kernels.iterate(x_Bmn, steps=steps, split=split)
+    if impl == "mosaic" and (why := kernels.unfit(x_Bmn)):
+        _say_once(impl, why)
+        impl = "xla"
+    return kernels.newton_schulz(x_Bmn, steps=steps, impl=impl)
 
 
-def _times(scalar: float, x: jax.Array) -> jax.Array:
-    """scalar * x, the scalar in float32: 3.4445 in bfloat16 is 3.4375, another polynomial."""
-    return (scalar * x.astype(jnp.float32)).astype(x.dtype)
+@cache
+def _say_once(impl: str, why: str) -> None:
+    log.info("newton_schulz: xla where %r was asked for: %s", impl, why)
 
 
 class _Move(NamedTuple):
@@ -297,7 +350,7 @@ def _plan_moves(spec: plan.ParamSpec, layout: PartitionSpec, mesh: Mesh) -> tupl
 
 
 def _on_one_device(
-    x_Cmn: jax.Array, *, moves: tuple[_Move, ...], long: int, steps: int
+    x_Cmn: jax.Array, *, moves: tuple[_Move, ...], long: int, steps: int, impl: Impl
 ) -> jax.Array:
     """`_iterate` on local stacks: moves matrices to their owners, iterates, moves them back.
 
@@ -310,9 +363,10 @@ def _on_one_device(
     for move in moves:
         x = _shift(x, move.axis, move.size, move.src, move.dst)
     split = tuple(move.axis for move in moves if move.dst == long)
-    x = x.mT if long == 1 else x
-    x = _iterate(x, steps=steps, split=split)
-    x = x.mT if long == 1 else x
+    turned = long == 1 and bool(split)  # a cut side comes last
+    x = x.mT if turned else x
+    x = _iterate(x, steps=steps, impl=impl, split=split)
+    x = x.mT if turned else x
     for move in reversed(moves):
         x = _shift(x, move.axis, move.size, move.dst, move.src)
     return x[:count]

@@ -5,11 +5,19 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from experiments import pretrain
 from glm45_jax.data.pack import BestFit, Cut
 from glm45_jax.data.prepare import Data
-from glm45_jax.data.sources import Docstrings, PackageDocs, PydocTopics, PythonSources, TextFiles
+from glm45_jax.data.sources import (
+    Docstrings,
+    PackageDocs,
+    PydocTopics,
+    PythonSources,
+    Source,
+    TextFiles,
+)
 from glm45_jax.experiment import Experiment, Report
 from glm45_jax.model import config
 from glm45_jax.model.config import Gqa, ModelConfig, Moe
@@ -37,6 +45,18 @@ CODE_AND_REASONING = (("web", 0.4), ("code", 0.4), ("science", 0.2))
 REPOSITORIES = (("repositories", 0.8), ("code", 0.2))
 REASONING = (("reasoning", 0.7), ("science", 0.2), ("web", 0.1))
 LONG_AND_AGENT = (("long", 0.6), ("agent", 0.4))
+
+# What stands in for them where only the installed text is there: documents as web, code as code.
+STAND_IN = {
+    "web": "topics",
+    "code": "python",
+    "science": "docstrings",
+    "repositories": "python",
+    "reasoning": "docstrings",
+    "long": "packages",
+    "agent": "python",
+}
+SITE = ("jax", "flax", "optax", "numpy", "scipy")  # packages that `mini_recipe` reads
 
 
 def _stages() -> tuple[Stage, ...]:
@@ -87,53 +107,83 @@ STAGES = _stages()
 
 def glm45() -> Experiment:
     """All five stages of GLM-4.5 on 512 accelerators; `pretrain:glm45` has the first two. On H100s
-    those of 32K and 128K do not fit so: `glm45_long` goes on in the same workdir.
+    those of 32K and 128K do not fit so, on v5p the last one: `glm45_long` goes on in its workdir.
     """
     return _full(pretrain.glm45(), "glm45_recipe", MeshShape(data=1, fsdp=64, expert=8))
 
 
 def glm45_air() -> Experiment:
-    """All five stages of GLM-4.5-Air on 256 accelerators; `glm45_air_long` for the last one."""
+    """All five stages of GLM-4.5-Air on 256 accelerators; `glm45_air_long` for the last one, on
+    v6e `glm45_air_v6e_long` for the last three.
+    """
     return _full(pretrain.glm45_air(), "glm45_air_recipe", MeshShape(data=1, fsdp=32, expert=8))
 
 
 def glm45_long() -> Experiment:
     """`glm45` with rows split over 8 devices, which the experts share: for its stages of 32K and
-    128K, from where `glm45` was stopped, in its workdir. h100:64x8, where a host holds a row.
+    128K, from where `glm45` was stopped, in its workdir. h100:64x8, where a host holds a row, and
+    v5p:8x8x8.
     """
     return _split_rows(glm45())
 
 
 def glm45_air_long() -> Experiment:
-    """The same of `glm45_air`. h100:32x8."""
+    """The same of `glm45_air`. h100:32x8, v5p:4x8x8."""
     return _split_rows(glm45_air())
 
 
-def _split_rows(exp: Experiment) -> Experiment:
+def glm45_air_v6e_long() -> Experiment:
+    """The same with rows over 16 chips, for the 31 GiB of a v6e. v6e:16x16."""
+    return _split_rows(glm45_air(), over=16)
+
+
+def _split_rows(exp: Experiment, over: int = 8) -> Experiment:
+    """The same devices, `over` of them a row."""
     assert isinstance(exp.mesh, MeshShape)
+    rows = exp.mesh.fsdp * exp.mesh.expert // over
     return dataclasses.replace(
         exp,
-        mesh=MeshShape(data=1, fsdp=exp.mesh.fsdp, context=exp.mesh.expert),
+        mesh=MeshShape(data=1, fsdp=rows, context=over),
         rules=dataclasses.replace(exp.rules, experts=("context",)),
-        train=dataclasses.replace(exp.train, micro_rows=exp.mesh.fsdp),
+        train=dataclasses.replace(exp.train, micro_rows=rows),
     )
 
 
 def mini_recipe() -> Experiment:
-    """The recipe on the 100M-class model and the installed text: ten minutes on one H100."""
-    small = scaled(_installed(), tokens=120e6, batch_tokens=65536, seq_len=512, least_steps=8)
-    return _small(
+    """The recipe on the 100M-class model and the Python and documents of this machine: ten minutes
+    on one H100, compiling included. `experiments/bench/recipe.py` runs and draws it.
+    """
+    # What web text stands for must be the largest: two tokens of three come from there.
+    stand_in = STAND_IN | {"web": "site", "repositories": "site", "long": "site"}
+    small = scaled(
+        _mixed(stand_in | {"agent": "packages"}),
+        tokens=80e6,
+        batch_tokens=65536,
+        seq_len=512,
+        least_steps=8,
+    )
+    small = (dataclasses.replace(small[0], ramp_multiple=32), *small[1:])  # as in `tiny_recipe`
+    both = ("stdlib", "site")
+    sources = (
+        PythonSources(name="site", include=("site",), packages=SITE),
+        PythonSources(),
+        Docstrings(include=both, packages=SITE),
+        PackageDocs(),
+    )
+    base = _small(
         "mini_recipe",
         config.mini(vocab=16_384),
         small,
         Muon(lr=2e-3, schedule=_cosine(small)),
-        vocab=16_384,
+        sources,
     )
+    train = dataclasses.replace(base.train, validate_every=100, validate_rows=256, compile_ahead=8)
+    return dataclasses.replace(base, train=train)
 
 
 def tiny_recipe() -> Experiment:
     """The recipe on a 1M-parameter model and the installed text: minutes on a CPU."""
-    small = scaled(_installed(), tokens=500e3, batch_tokens=8192, seq_len=64, least_steps=10)
+    small = scaled(_mixed(STAND_IN), tokens=500e3, batch_tokens=8192, seq_len=64, least_steps=10)
     # Four sizes of the batch instead of thirteen: each compiles a step.
     small = (dataclasses.replace(small[0], ramp_multiple=32), *small[1:])
     model = ModelConfig(
@@ -148,7 +198,8 @@ def tiny_recipe() -> Experiment:
         remat="none",
     )
     optim = Muon(lr=1e-2, schedule=_cosine(small, warmup_share=0.05), dtype="float32")
-    return _small("tiny_recipe", model, small, optim, vocab=2048)
+    sources = (PydocTopics(), PythonSources(), Docstrings(), PackageDocs())
+    return _small("tiny_recipe", model, small, optim, sources)
 
 
 def _cosine(chosen: tuple[Stage, ...], warmup_share: float = 0.02) -> Cosine:
@@ -172,23 +223,18 @@ def _full(base: Experiment, name: str, mesh: MeshShape) -> Experiment:
             sources=tuple((TextFiles(f"corpus/{name}", name=name), 1.0) for name in names),
         ),
         train=dataclasses.replace(
-            base.train, steps=total_steps(chosen), micro_rows=devices, validate_rows=32 * devices
+            base.train,
+            steps=total_steps(chosen),
+            micro_rows=devices,
+            validate_rows=32 * devices,
+            compile_ahead=1,  # UNVERIFIED on a cluster; without it every switch waits for XLA
         ),
         optim=Muon(lr=PEAK_LR, schedule=Cosine(WARMUP_SHARE * 23.1e12, total=23.1e12, end=END)),
     )
 
 
-def _installed() -> tuple[Stage, ...]:
-    """The stages over what is installed: documents as web, sources as code and repositories."""
-    stand_in = {
-        "web": "topics",
-        "code": "python",
-        "science": "docstrings",
-        "repositories": "python",
-        "reasoning": "docstrings",
-        "long": "packages",
-        "agent": "python",
-    }
+def _mixed(stand_in: Mapping[str, str]) -> tuple[Stage, ...]:
+    """The stages over sources that stand in for those of the paper."""
     found = []
     for stage in STAGES:
         weights: dict[str, float] = {}
@@ -199,14 +245,17 @@ def _installed() -> tuple[Stage, ...]:
 
 
 def _small(
-    name: str, model: ModelConfig, chosen: tuple[Stage, ...], optim: Muon, vocab: int
+    name: str,
+    model: ModelConfig,
+    chosen: tuple[Stage, ...],
+    optim: Muon,
+    sources: tuple[Source, ...],
 ) -> Experiment:
     rows = chosen[0].batch_tokens // chosen[0].seq_len
-    sources = (PydocTopics(), PythonSources(), Docstrings(), PackageDocs())
     return Experiment(
         name=name,
         model=model,
-        data=Data(sources=tuple((s, 1.0) for s in sources), seq_len=64, vocab=vocab),
+        data=Data(sources=tuple((s, 1.0) for s in sources), seq_len=64, vocab=model.vocab),
         optim=optim,
         train=Train(
             steps=total_steps(chosen), rows=rows, validate_every=50, validate_rows=4 * rows

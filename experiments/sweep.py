@@ -102,7 +102,7 @@ def score(exp: Experiment, folder: pathlib.Path, judges: Mapping[str, Data]) -> 
         )
         state = initial(dataclasses.replace(exp, init=FromRun(str(folder))), trainer)
         n = exp.train.validate_rows * first.data.seq_len // data.seq_len
-        prepared = prepare(data, folder / "data")
+        prepared = prepare(read_by(exp, data), folder / "data")
         loader = Loader(
             rows(data, prepared, "val"),
             seed=0,
@@ -113,6 +113,16 @@ def score(exp: Experiment, folder: pathlib.Path, judges: Mapping[str, Data]) -> 
         total, targets = trainer.nll(state, loader.batch(0))
         losses[name] = total / targets
     return losses
+
+
+def read_by(exp: Experiment, judge: Data) -> Data:
+    """What a judge's rows are read from: the run's own data where that has all of its sources, as
+    those of a stage are some of the run's, whose tokenizer the weights know; else its own.
+    """
+    own = [source for source, _ in exp.data.sources]
+    if isinstance(exp.data, Data) and all(source in own for source, _ in judge.sources):
+        return exp.data
+    return judge
 
 
 def table(ablation: Ablation, results: Sequence[Result]) -> str:

@@ -42,15 +42,17 @@ from glm45_jax.start import (
     check_claim,
     check_tokenizer,
     initial,
+    trainers_of,
     write_claim,
 )
+from glm45_jax.train.ahead import Asked, compiling, of_span
 from glm45_jax.train.goodput import Goodput
 from glm45_jax.train.loop import Outcome, Validate, resume, run_steps
-from glm45_jax.train.parallel import Pmap, Recipe, Trainer, make_trainer
+from glm45_jax.train.parallel import Pmap, Trainer
 from glm45_jax.train.report import write_report
 from glm45_jax.train.stages import Span, Stage, spans, total_steps
 from glm45_jax.train.state import Train, TrainState
-from glm45_jax.train.trackers import ClearML, TensorBoard, Wandb
+from glm45_jax.train.trackers import ClearML, TensorBoard, Untracked, Wandb
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class Experiment:
     weight that `data`, `train` and `model` otherwise say (see `Experiment.of`). rl: of runs of the
     second loop, whose `run` is `run_rl`; train.steps are its batches then, train.rows what a batch
     of packed rows is a multiple of. evals belong to a later loop. tracker: where to watch it.
+    report: None writes none, and needs no matplotlib.
     """
 
     name: str
@@ -92,8 +95,8 @@ class Experiment:
     mesh: MeshShape | Pmap = MeshShape()
     rules: Rules = Rules()
     init: Scratch | FromRun | FromHF | FromSmolLM2 = Scratch()
-    report: Report = Report()
-    tracker: TensorBoard | Wandb | ClearML = TensorBoard()
+    report: Report | None = Report()
+    tracker: TensorBoard | Wandb | ClearML | Untracked = TensorBoard()
     seed: int = 0
     stages: tuple[Stage, ...] = ()
     rl: Rl | None = None
@@ -191,10 +194,10 @@ def run_training(exp: Experiment, workdir: pathlib.Path) -> Outcome:
     leg = ready.legs[0]
     log.info("%d devices, step %d of %d", leg.trainer.n_devices, ready.start, exp.train.steps)
     state, outcome = _train(ready)
-    if outcome.why != "skips spent":
-        params = _for_samples(ready, state)
+    if exp.report is not None and outcome.why != "skips spent":
+        params = _for_samples(ready, exp.report, state)
         if jax.process_index() == 0:
-            path = _write_report(ready, params, outcome, time.monotonic() - began)
+            path = _write_report(ready, exp.report, params, outcome, time.monotonic() - began)
             log.info("report: %s", path)
         goodput.spent("hooks")
     log.info("time: %s", goodput.text())
@@ -255,7 +258,7 @@ def _open(exp: Experiment, workdir: pathlib.Path, goodput: Goodput) -> _Ready:
     """Every check first, what is written last: a run that is refused leaves no mark."""
     check_claim(exp, workdir)
     used = [span for span in exp.spans if span.first_step < exp.train.steps]
-    trainers = [_trainer(exp.of(span), span) for span in used]
+    trainers = trainers_of(exp, used)
     prepared = hosts.first_then_others(lambda: prepare_any(exp.data, workdir / "data"), "prepared")
     check_tokenizer(exp, prepared.tokenizer)
     validations = _validations(exp, prepared, trainers[0])
@@ -280,15 +283,6 @@ def _open(exp: Experiment, workdir: pathlib.Path, goodput: Goodput) -> _Ready:
     write_claim(exp, workdir)
     legs = [leg for leg in legs if start < leg.span.end_step] or legs[-1:]
     return _Ready(exp, workdir, prepared, legs, checkpoints, state, start, goodput)
-
-
-def _trainer(exp: Experiment, span: Span) -> Trainer:
-    """The trainer of one stage. Raises: ValueError for batches that its devices cannot share."""
-    recipe = Recipe(exp.model, exp.optim, exp.train, packed=_packed(exp.data))
-    trainer = make_trainer(exp.mesh, recipe, exp.rules)
-    for _, rows in span.sizes():
-        trainer.check_rows(rows)
-    return trainer
 
 
 def _sources(exp: Experiment, prepared: Prepared, used: list[Span]) -> list[Any]:
@@ -346,13 +340,6 @@ def same_rows(rows: int, step: int) -> tuple[int, int]:
     return 0, rows
 
 
-def _packed(data: Data | Chats) -> bool:
-    """False where every row is one document to the model: joined and cut, without a document
-    mask.
-    """
-    return getattr(data.packing, "document_mask", True)
-
-
 def _loader(
     exp: Experiment,
     prepared: Prepared,
@@ -388,18 +375,30 @@ def _train(ready: _Ready) -> tuple[TrainState, Outcome]:
     state, outcomes = ready.state, []
     step = ready.start
     try:
-        for leg in ready.legs:
-            state, outcome = _train_leg(ready, leg, state, step, writers, progress, peak)
-            outcomes.append(outcome)
-            step = outcome.step
-            if outcome.why != "done":
-                break
+        with compiling(_programs(ready), exp.train.compile_ahead):
+            for leg in ready.legs:
+                state, outcome = _train_leg(ready, leg, state, step, writers, progress, peak)
+                outcomes.append(outcome)
+                step = outcome.step
+                if outcome.why != "done":
+                    break
     finally:
         for writer in [*writers, *([progress] if progress else [])]:
             writer.close()
         ready.checkpoints.close()
     seconds, tokens = sum(o.seconds for o in outcomes), sum(o.tokens for o in outcomes)
     return state, dataclasses.replace(outcomes[-1], seconds=seconds, tokens=tokens)
+
+
+def _programs(ready: _Ready) -> list[Asked]:
+    """What the run has still to compile, in the order in which it needs it."""
+    return [
+        one
+        for leg in ready.legs
+        for one in of_span(
+            leg.trainer, leg.span, leg.exp.train.steps, ready.start, leg.validations.values()
+        )
+    ]
 
 
 def _train_leg(
@@ -421,10 +420,10 @@ def _train_leg(
     ]
     n_devices = leg.trainer.n_devices
     mfu_of_one = cost.mfu(1.0, exp.model, own, n_devices, peak)
-    facts = {"seq_len": float(own), "rope_theta": exp.model.mixer.rope_theta}
-    if leg.span.stage is not None:
-        log.info("stage %s: steps %d to %d", leg.span.stage.name, start, exp.train.steps)
-        facts["stage"] = float(ready.exp.stages.index(leg.span.stage) + 1)
+    facts: dict[str, float] = {}
+    if (stage := leg.span.stage) is not None:
+        log.info("stage %s: steps %d to %d", stage.name, start, exp.train.steps)
+        facts = {"stage": float(ready.exp.stages.index(stage) + 1), **stage.facts}
     return run_steps(
         leg.trainer,
         state,
@@ -438,12 +437,14 @@ def _train_leg(
         progress=progress,
         hooks=hooks,
         utilisation=lambda tokens_per_s: tokens_per_s * mfu_of_one,
-        facts=facts if leg.span.stage is not None else {},
+        facts=facts,
         goodput=ready.goodput,
     )
 
 
-def _write_report(ready: _Ready, params: Any, outcome: Outcome, seconds: float) -> pathlib.Path:
+def _write_report(
+    ready: _Ready, shown: Report, params: Any, outcome: Outcome, seconds: float
+) -> pathlib.Path:
     exp = ready.exp
     counts = cost.param_counts(exp.model)
     active = counts.active_body_and_head
@@ -461,14 +462,14 @@ def _write_report(ready: _Ready, params: Any, outcome: Outcome, seconds: float) 
     validation = next(iter(ready.legs[0].validations.values()))
     rows_BT1 = np.concatenate([validation.tokens_BT, validation.targets_BT[:, -1:]], axis=1)
     fit = functools.partial(ngram.losses, ready.prepared.train.values(), rows_BT1, exp.data.vocab)
-    baselines = fit() if exp.report.ngrams else {}
+    baselines = fit() if shown.ngrams else {}
     stages = [(s.stage.name, s.first_step + 1) for s in exp.spans if s.stage is not None]
     path = write_report(
         ready.workdir,
         title=exp.name,
         facts=facts,
         baselines=baselines,
-        samples=_samples(ready, params) if exp.report.prompts else [],
+        samples=_samples(ready, shown, params) if shown.prompts else [],
         stages=stages,
     )
     for name, nats in baselines.items():
@@ -476,24 +477,22 @@ def _write_report(ready: _Ready, params: Any, outcome: Outcome, seconds: float) 
     return path
 
 
-def _for_samples(ready: _Ready, state: TrainState) -> Any:
+def _for_samples(ready: _Ready, shown: Report, state: TrainState) -> Any:
     """Weights that one process can sample from; None where no prompt asks for it."""
-    if not ready.exp.report.prompts:
+    if not shown.prompts:
         return None
     return hosts.whole(ready.legs[-1].trainer.save_view(state).params)
 
 
-def _samples(ready: _Ready, params: Any) -> list[tuple[str, str]]:
+def _samples(ready: _Ready, shown: Report, params: Any) -> list[tuple[str, str]]:
     exp, tokenizer = ready.exp, ready.prepared.tokenizer
     ids = generate(
         params,
-        [prompt_ids(exp.data, tokenizer, text) for text in exp.report.prompts],
+        [prompt_ids(exp.data, tokenizer, text) for text in shown.prompts],
         cfg=ready.legs[-1].exp.model,
-        max_tokens=exp.report.max_tokens,
-        temperature=exp.report.temperature,
+        max_tokens=shown.max_tokens,
+        temperature=shown.temperature,
         stop=tokenizer.stop_ids,
         key=jax.random.key(exp.seed),
     )
-    return [
-        (prompt, tokenizer.decode(out)) for prompt, out in zip(exp.report.prompts, ids, strict=True)
-    ]
+    return [(prompt, tokenizer.decode(out)) for prompt, out in zip(shown.prompts, ids, strict=True)]

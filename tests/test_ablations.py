@@ -149,6 +149,16 @@ def test_a_base_that_an_ablation_cannot_change_is_refused():
         sweep.only(ablations.schedule(ablations.tiny()), ["sgd"])
 
 
+def test_a_run_of_stages_is_scored_on_ids_of_its_own_tokenizer():
+    staged = midtrain.tiny_recipe()
+    ((_, judge),) = ablations.optimizer(staged).judges
+    assert len(judge.sources) < len(staged.data.sources)  # of one stage
+    assert sweep.read_by(staged, judge) is staged.data
+    (_, arm), *_ = ablations.fim_rate(quick()).arms
+    for _, judge in ablations.fim_rate(quick()).judges:  # its documents are none of the run's
+        assert sweep.read_by(arm, judge) is judge
+
+
 def test_rates_of_infilling_share_documents_split_and_tokenizer(tmp_path):
     ablation = ablations.fim_rate(quick())
     datas = [arm.data for _, arm in ablation.arms] + [data for _, data in ablation.judges]

@@ -5,6 +5,7 @@ rooms' packages are not.
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from experiments.bench import rl as bench
@@ -31,11 +32,13 @@ def test_overhead_is_what_is_over_the_tokens_at_their_rates():
     rows = [row(step, 100.0) for step in range(bench.WARM + 1)]  # these compile
     parts = {"rollout": 2.25, "score": 0.5, "train": 2.25}
     rows += [row(bench.WARM + n, 5.0, **parts) for n in (1, 2, 3)]
-    found = bench.against_floor(rows, drawn_per_s=500.0, trained_per_s=2000.0)
+    drawn, trained = np.array([500.0, 1000.0]), np.array([2000.0, 4000.0])
+    found = bench.against_floor(rows, drawn, trained, cpu=3.0)
     assert found["floor"] == {"rollout": 2.0, "train": 2.0, "sum": 4.0}
     assert found["batches"] == 3 and found["seconds"] == 5.0
     assert found["overhead_percent"] == 25.0
     assert found["overhead_percent_beside_scoring"] == 12.5
+    assert found["cpu"] == {"seconds": 3.0, "floor": 2.0, "overhead_percent": 50.0}
     said = bench.text(found)
     assert "over the floor: 25.0% (target 15%), 12.5% beside scoring" in said
     assert "score         0.500\n" in said and "train         2.250    2.000" in said

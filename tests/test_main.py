@@ -201,6 +201,29 @@ def test_the_devices_of_these_tests_are_eight():
     assert jax.device_count() == 8
 
 
+LATE = "--xla_cpu_collective_call_terminate_timeout_seconds="
+
+
+@pytest.mark.parametrize(
+    "flags,devices,waits",
+    [
+        ("", None, []),  # one device waits for nobody, and an accelerator never reads the flag
+        ("", "4", [LATE + "300"]),
+        ("--xla_force_host_platform_device_count=2", None, [LATE + "300"]),
+        (LATE + "7", "4", [LATE + "7"]),
+    ],
+)
+def test_devices_of_one_cpu_wait_for_a_late_one_unless_told_how_long(
+    monkeypatch, capsys, flags, devices, waits
+):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    if devices:
+        monkeypatch.setenv("JAX_NUM_CPU_DEVICES", devices)
+    assert main.main([TINY, "--dry-run"]) == 0
+    assert [flag for flag in os.environ["XLA_FLAGS"].split() if flag.startswith(LATE)] == waits
+
+
 def test_a_run_becomes_a_folder_with_its_tokenizer_and_the_next_run_starts_from_it(done, tmp_path):
     folder = tmp_path / "released"
     assert hf_main(["convert", str(done), str(folder)]) == 0

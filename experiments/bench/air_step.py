@@ -35,7 +35,7 @@ from glm45_jax.model import config, cost
 from glm45_jax.optim.muon import Muon, newton_schulz_flops
 from glm45_jax.optim.schedules import Constant
 from glm45_jax.sharding import MeshShape
-from glm45_jax.train.parallel import Recipe, Trainer, make_trainer
+from glm45_jax.train.parallel import Recipe, make_trainer
 from glm45_jax.train.state import Train
 
 PHASES = ("attention", "experts", "mlp", "head", "embed", "optimizer")  # named in the model
@@ -96,10 +96,10 @@ def kernels(folder: pathlib.Path) -> Iterable[tuple[str, float]]:
 
 def breakdown(times: Iterable[tuple[str, float]], names: Mapping[str, str]) -> dict[str, float]:
     """Milliseconds by phase, largest first."""
-    total: collections.Counter[str] = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
     for name, ms in times:
         total[phase_of(names.get(name, ""))] += ms
-    return {phase: round(ms, 2) for phase, ms in total.most_common()}
+    return {phase: round(total[phase], 2) for phase in sorted(total, key=total.__getitem__)[::-1]}
 
 
 def run(exp: Experiment, steps: int) -> dict[str, Any]:
@@ -109,17 +109,19 @@ def run(exp: Experiment, steps: int) -> dict[str, Any]:
     seq_len, rows, cfg = exp.data.seq_len, exp.train.rows, exp.model
     batch = random_batch(Case(rows, seq_len, steps, cfg.dtype), cfg.vocab)
     began = time.perf_counter()
-    names = op_names(trainer.lower(batch).compile().as_text())
+    step = trainer.lower(batch).compile()  # once; the trainer's own would be traced again
+    names = op_names(step.as_text() or "")
+    batch = jax.device_put(batch, step.input_shardings[0][1])
     compile_s = time.perf_counter() - began
     state, times = trainer.init(jax.random.key(0)), []
     for _ in range(steps + 2):
         start = time.perf_counter()
-        state, out = trainer.step(state, batch)
+        state, out = step(state, batch)
         loss = float(out.scalars["loss"])
         times.append(time.perf_counter() - start)
         print(f"step {len(times)}: {times[-1] * 1e3:.1f} ms, loss {loss:.3f}", flush=True)
     seconds = statistics.median(times[2:])
-    phases = traced(trainer, state, batch, names)
+    phases = traced(step, state, batch, names)
     peak, source = cost.peak_flops(jax.devices()[0])
     rate = rows * seq_len / seconds
     mfu = cost.mfu(rate, cfg, seq_len, 1, peak)
@@ -145,11 +147,11 @@ def run(exp: Experiment, steps: int) -> dict[str, Any]:
     }
 
 
-def traced(trainer: Trainer, state: Any, batch: Any, names: Mapping[str, str]) -> dict[str, float]:
+def traced(step: Any, state: Any, batch: Any, names: Mapping[str, str]) -> dict[str, float]:
     """`breakdown` of one step; empty where the trace has no kernels (a CPU)."""
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder)
-        _, out = trainer.step(state, batch)
+        _, out = step(state, batch)
         float(out.scalars["loss"])
         jax.profiler.stop_trace()
         return breakdown(kernels(pathlib.Path(folder)), names)

@@ -1,14 +1,17 @@
 """Routing and the copies around the grouped products on one GPU, a row each, in one run.
 
     python -m experiments.bench.kernels_routing
+    python -m experiments.bench.kernels_routing --block
 
 `route` from logits to the expert order, by each implementation; then the copies: `permute` and
-`combine` forward and with their backward, whose floor is the bytes they must move at the speed of a
-copy of 2 GiB. A program makes LOOPS calls, each on what the last one gave.
+`combine` forward and backward, whose floor is the bytes they must move at the speed of a copy of 2
+GiB. A program of routing makes LOOPS calls, each on what the last one gave. `--block` times the
+whole mixture of one layer of Air in their place, beside torch's, router to weighted sum.
 """
 
 import argparse
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +20,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.kernels import Contender, copy_gbs, of_jax, race
+from experiments.bench.kernels import (
+    Contender,
+    copy_gbs,
+    matmul_ceiling,
+    normal,
+    of_jax,
+    of_torch,
+    race,
+    to_host,
+    torch_or_none,
+)
 from experiments.bench.results import device_name, merge_result
 from glm45_jax.kernels import routing, routing_gpu
+from glm45_jax.kernels.grouped_matmul import grouped_matmul
+from glm45_jax.model.expert_parallel import ExpertWeights, mixture
 
 LOOPS = 20
 WIDTH, TOP_K = 4096, 8
+EXPERTS, EXPERT_WIDTH = 128, 1408  # of the block
+TORCH = "torch compiled grouped_mm"
+SMALLEST = 1e-6  # scores and gates that differ by less are equal
 TARGET_MS = 0.05  # of routing 8,192 tokens
 
 
@@ -36,6 +54,29 @@ def route_step(impl: str, bias_E: jax.Array, logits_ME: jax.Array) -> jax.Array:
     r = routing.route(logits_ME, bias_E, top_k=TOP_K, impl=impl)
     seen = r.gate_MA.sum() + (r.order_R[:1] + r.rows_E[:1] + r.expert_MA[0, :1]).sum()
     return logits_ME + 1e-9 * seen
+
+
+def difference(got: routing.Routing, want: routing.Routing, choice: jax.Array) -> dict[str, Any]:
+    """How two routings of these biased scores differ. chosen: choices that do; wrong: those of
+    scores that are no tie; gates: the largest difference; order, counts: entries that do. same:
+    nothing is wrong, and without a tie nothing differs but the last bits of gates.
+    """
+    a, b = (jax.tree.map(np.asarray, r) for r in (got, want))
+    score = np.asarray(choice)
+    far = np.abs(
+        np.take_along_axis(score, a.expert_MA, 1) - np.take_along_axis(score, b.expert_MA, 1)
+    )
+    found: dict[str, Any] = {
+        "chosen": int((a.expert_MA != b.expert_MA).sum()),
+        "wrong": int((far > SMALLEST).sum()),
+        "gates": float(f"{np.abs(a.gate_MA - b.gate_MA).max():.3g}"),
+        "order": int((a.order_R != b.order_R).sum()),
+        "counts": int((a.rows_E != b.rows_E).sum()),
+    }
+    moved = found["order"] + found["counts"]
+    tied = found["chosen"] > 0
+    fits = found["gates"] <= SMALLEST and not found["wrong"] and (tied or not moved)
+    return found | {"same": fits}
 
 
 def routing_rows(tokens: int, experts: int) -> list[dict[str, Any]]:
@@ -53,7 +94,8 @@ def routing_rows(tokens: int, experts: int) -> list[dict[str, Any]]:
     contenders: dict[str, Callable[[], Contender]] = {
         name: functools.partial(of_jax, looped(step), logits) for name, step in steps.items()
     }
-    want = routing.route(logits, bias, top_k=TOP_K, impl="reference")
+    right = functools.partial(routing.route, top_k=TOP_K, impl="reference")
+    want = jax.jit(right)(logits, bias)
     rows = []
     for name, found in race(contenders, samples=15).items():
         row = {"op": "route", "tokens": tokens, "experts": experts, "impl": name} | found
@@ -61,52 +103,80 @@ def routing_rows(tokens: int, experts: int) -> list[dict[str, Any]]:
             row |= {key: round(found[key] / LOOPS, 5) for key in ("ms", "ms_min", "ms_max")}
         if not name.startswith("top_k alone"):
             run = functools.partial(routing.route, top_k=TOP_K, impl=name)
-            got = jax.tree.leaves(jax.jit(run)(logits, bias))
-            pairs = zip(got, jax.tree.leaves(want), strict=True)
-            row["same"] = all(bool((a == b).all()) for a, b in pairs)
+            row |= difference(jax.jit(run)(logits, bias), want, jax.nn.sigmoid(logits) + bias)
         rows.append(row)
         print(row, flush=True)
     return rows
 
 
-def copy_rows(tokens: int, experts: int, ceiling: float) -> list[dict[str, Any]]:
-    """`permute` and `combine` in bfloat16, beside the speed of a copy."""
+Case = tuple[Callable[..., Any], tuple[Any, ...], int]  # a function, arguments, bytes it must move
+
+
+def permute_by(impl: str) -> Callable[..., Any]:
+    return lambda x, order: routing.permute(x, order, impl=impl)
+
+
+def permute_backward(g: jax.Array, x: jax.Array, order: jax.Array) -> jax.Array:
+    return jax.vjp(lambda x: permute_by("reference")(x, order), x)[1](g)[0]
+
+
+def combine_by(impl: str) -> Callable[..., Any]:
+    return lambda y, gate, order: routing.combine(y, gate, order, impl=impl).astype(y.dtype)
+
+
+def combine_backward(impl: str, parts: int) -> Callable[..., Any]:
+    """The gradients of the outputs and, with two parts, of the gates."""
+
+    def run(g: jax.Array, y: jax.Array, gate: jax.Array, order: jax.Array) -> Any:
+        return jax.vjp(lambda *some: combine_by(impl)(*some, order), y, gate)[1](g)[:parts]
+
+    return run
+
+
+def copy_cases(tokens: int, experts: int) -> dict[str, Case]:
+    """`permute` and `combine` of a real routing, bfloat16: by XLA, by name, by each kernel alone,
+    whose table of places is there already.
+    """
     logits = jax.random.normal(jax.random.key(0), (tokens, experts), jnp.float32)
     r = jax.jit(lambda x: routing.route(x, jnp.zeros(experts), top_k=TOP_K))(logits)
-    x = jax.random.normal(jax.random.key(2), (tokens, WIDTH), jnp.bfloat16)
-    y = jax.random.normal(jax.random.key(3), (tokens * TOP_K, WIDTH), jnp.bfloat16)
-
-    def combine(y: jax.Array) -> jax.Array:
-        return routing.combine(y, r.gate_MA, r.order_R).astype(y.dtype)
-
+    x, y = normal(2, (tokens, WIDTH)), normal(3, (tokens * TOP_K, WIDTH))
     one = 2 * WIDTH * tokens  # bytes of a row a token
-    cases = {
-        "permute": (lambda x: routing.permute(x, r.order_R), x, one * (1 + TOP_K)),
-        "permute backward": (
-            lambda y: jax.vjp(lambda x: routing.permute(x, r.order_R), x)[1](y)[0],
-            y,
-            one * (1 + TOP_K),
-        ),
-        "combine": (combine, y, one * (1 + TOP_K)),
-        # Reads the gradient, y and the gates' sums; writes a gradient a row.
-        "combine backward": (
-            lambda g: jax.vjp(combine, y)[1](g)[0],
-            x,
-            one * (1 + TOP_K),
-        ),
+    some, both = one * (1 + TOP_K), one * (1 + 2 * TOP_K)
+    rows, sent = (x, r.order_R), (y, r.gate_MA, r.order_R)
+    cases: dict[str, Case] = {
+        "permute": (permute_by("reference"), rows, some),
+        "permute backward": (permute_backward, (y, *rows), some),
+        "combine": (combine_by("reference"), sent, some),
+        "combine backward, outputs alone": (combine_backward("reference", 1), (x, *sent), some),
+        "combine backward": (combine_backward("reference", 2), (x, *sent), both),
     }
-    if not routing_gpu.refuses_rows(x):
-        gates = r.gate_MA.reshape(-1)[r.order_R]
-        take = functools.partial(routing_gpu.take_rows, from_R=r.order_R // TOP_K)
-        both = one * (1 + TOP_K)
-        for sizes in (routing_gpu.Rows(), routing_gpu.Rows(16, 4), routing_gpu.Rows(64, 8)):
-            how = f"block {sizes.block}, {sizes.at_once} at once"
-            cases[f"permute, mosaic, {how}"] = (functools.partial(take, rows=sizes), x, both)
-            scaled = functools.partial(take, scale_R=gates, rows=sizes)
-            cases[f"rows times gates, mosaic, {how}"] = (scaled, x, both)
+    if routing_gpu.refuses_places(x):
+        return cases
+    cases["permute, mosaic"] = (permute_by("mosaic"), rows, some)
+    cases["combine backward, mosaic"] = (combine_backward("mosaic", 2), (x, *sent), both)
+    taken = x, jax.jit(lambda order: order // TOP_K)(r.order_R)
+    cases["permute, take_rows 32, 4 at once"] = (routing_gpu.take_rows, taken, some)
+    place = jax.jit(routing.inverse)(r.order_R).reshape(tokens, TOP_K)
+    for block in (1, 2, 4, 8):
+        copy = functools.partial(routing_gpu.copy_rows, tokens=routing_gpu.Tokens(block))
+        cases[f"permute, copy_rows {block}"] = (copy, (x, place), some)
+    for block in (1, 4, 8):
+        put = functools.partial(routing_gpu.put_rows, tokens=routing_gpu.Tokens(block))
+        cases[f"permute, put_rows {block}"] = (put, (x, place), some)
+        name = f"combine backward, outputs alone, put_rows {block}"
+        cases[name] = (put, (x, place, r.gate_MA), some)
+    for block, at_once in ((1, 4), (4, 4), (4, 8), (8, 2)):
+        put = functools.partial(routing_gpu.put_rows, tokens=routing_gpu.Tokens(block, at_once))
+        name = f"combine backward, put_rows {block}, {at_once} at once"
+        cases[name] = (put, (x, place, r.gate_MA, y), both)
+    return cases
+
+
+def copy_rows(tokens: int, experts: int, ceiling: float) -> list[dict[str, Any]]:
+    """Each case beside the speed of a copy."""
     rows = []
-    for name, (f, arg, nbytes) in cases.items():
-        (found,) = race({name: functools.partial(of_jax, f, arg)}, samples=10).values()
+    for name, (f, args, nbytes) in copy_cases(tokens, experts).items():
+        (found,) = race({name: functools.partial(of_jax, f, *args)}, samples=10).values()
         row = {"op": name, "tokens": tokens, "experts": experts} | found
         if "ms" in found:
             gbs = nbytes / found["ms"] / 1e6
@@ -116,27 +186,153 @@ def copy_rows(tokens: int, experts: int, ceiling: float) -> list[dict[str, Any]]
     return rows
 
 
+def block(impl: str, x: jax.Array, router: jax.Array, *weights: jax.Array) -> jax.Array:
+    """Router, choice, three products, weighted sum: [M, D] -> [M, D]."""
+    logits = jnp.einsum(
+        "md,de->me",
+        x.astype(jnp.float32),  # router
+        router,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    route = functools.partial(routing.route, top_k=TOP_K, impl=impl)
+    bias = jnp.zeros(router.shape[1])
+    mixed = mixture(
+        x[None],
+        logits[None],
+        None,
+        bias,
+        ExpertWeights(*weights),
+        top_k=TOP_K,
+        route=route,
+        matmul=grouped_matmul,
+    )
+    return mixed.y_BTD[0]
+
+
+def torch_block(x: Any, router: Any, gate: Any, up: Any, down: Any) -> Any:
+    """The same by torch's grouped products; a gather of rows both ways."""
+    import torch
+
+    experts = router.shape[1]
+    product = torch.nn.functional.grouped_mm
+    score = (x.float() @ router).sigmoid()
+    gates, chosen = score.topk(TOP_K, dim=-1)
+    gates = gates / gates.sum(-1, keepdim=True)
+    order = chosen.reshape(-1).argsort(stable=True)
+    ends = torch.bincount(chosen.reshape(-1), minlength=experts).cumsum(0).to(torch.int32)
+    rows = x.index_select(0, order // TOP_K)
+    h = torch.nn.functional.silu(product(rows, gate, offs=ends)) * product(rows, up, offs=ends)
+    y = product(h, down, offs=ends).index_select(0, order.argsort())
+    return torch.einsum("ma,mad->md", gates.to(x.dtype), y.view(x.shape[0], TOP_K, -1))
+
+
+def block_error(x: jax.Array, router: jax.Array, weights: tuple[jax.Array, ...]) -> Callable:
+    """Relative error of the first tokens, against float64."""
+    few = slice(0, 4)
+    x_few, scores = to_host(x, few).astype(np.float64), np.asarray(router, np.float64)
+    scores = 1 / (1 + np.exp(-x_few @ scores))
+    chosen = np.argsort(-scores, axis=1)[:, :TOP_K]
+    exact = np.zeros_like(x_few)
+    for m, experts in enumerate(chosen):
+        for e in experts:
+            gate, up, down = (to_host(w, int(e)).astype(np.float64) for w in weights)
+            z = x_few[m] @ gate
+            out = (z / (1 + np.exp(-z)) * (x_few[m] @ up)) @ down
+            exact[m] += scores[m, e] / scores[m, experts].sum() * out
+
+    def error(out: Any) -> float:
+        wrong = to_host(out[0] if isinstance(out, tuple) else out, few) - exact
+        return float(np.sqrt(np.square(wrong).sum() / np.square(exact).sum()))
+
+    return error
+
+
+def block_rows(tokens: int) -> list[dict[str, Any]]:
+    """Forward, and forward and backward to the tokens and all weights; router counted in the time
+    alone.
+    """
+    E, D, F = EXPERTS, WIDTH, EXPERT_WIDTH
+    x, g = normal(0, (tokens, D)), normal(5, (tokens, D))
+    router = 0.05 * jax.random.normal(jax.random.key(1), (D, E), jnp.float32)
+    weights = tuple(normal(i, s, 0.02) for i, s in ((2, (E, D, F)), (3, (E, D, F)), (4, (E, F, D))))
+    args = x, router, *weights
+
+    def both(impl: str) -> Callable[..., Any]:
+        def run(g: jax.Array, *args: jax.Array) -> Any:
+            out, pull = jax.vjp(functools.partial(block, impl), *args)
+            return out, pull(g)
+
+        return run
+
+    forward: dict[str, Callable[[], Contender]] = {}
+    backward: dict[str, Callable[[], Contender]] = {}
+    impls = ["auto"] if routing_gpu.refuses_places(x) else ["auto", "mosaic"]
+    for impl in impls:
+        forward[f"glm45_jax, routing {impl}"] = functools.partial(
+            of_jax, functools.partial(block, impl), *args
+        )
+        backward[f"glm45_jax, routing {impl}"] = functools.partial(of_jax, both(impl), g, *args)
+    if torch := torch_or_none():
+        theirs = [torch.from_dlpack(a) for a in args]
+        wanted = [a.clone().requires_grad_() for a in theirs]
+        cotangent = torch.from_dlpack(g)
+        compiled = torch.compile(torch_block, dynamic=False)
+
+        def torch_both(*args: Any) -> Any:
+            out = compiled(*args)
+            return out.detach(), *torch.autograd.grad(out, args, cotangent)
+
+        forward[TORCH] = functools.partial(of_torch, compiled, *theirs)
+        backward[TORCH] = functools.partial(of_torch, torch_both, *wanted)
+    table, error, ceiling = [], block_error(x, router, weights), matmul_ceiling()
+    for op, contenders, times in (("block fwd", forward, 1), ("block fwd+bwd", backward, 3)):
+        found = race(contenders, samples=8, error=error)
+        theirs_ms: Any = found.get(TORCH, {}).get("ms")
+        for name, result in found.items():
+            row = {"op": op, "tokens": tokens, "experts": E, "impl": name} | result
+            if "ms" in result:
+                ms = result["ms"]
+                tflops = times * 6.0 * tokens * TOP_K * D * F / ms / 1e9
+                row |= {"tflops": round(tflops, 1)}
+                row |= {"pct_of_ceiling": round(100 * tflops / ceiling, 1)}
+                row |= {"ratio_to_torch": round(theirs_ms / ms, 3) if theirs_ms else None}
+            print(row, flush=True)
+            table.append(row)
+    return table
+
+
 def main() -> None:
     """Measures, prints, writes."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=8192)
-    tokens, began = parser.parse_args().tokens, time.perf_counter()
-    ceiling = copy_gbs()
-    rows = [row for experts in (128, 160) for row in routing_rows(tokens, experts)]
-    rows += copy_rows(tokens, 128, ceiling)
-    ours = [r["ms"] for r in rows if r["op"] == "route" and "same" in r and "ms" in r]
-    value = {
-        "command": "python -m experiments.bench.kernels_routing",
-        "jax": jax.__version__,
-        "copy_gbs": round(ceiling),
-        "target_ms": TARGET_MS,
-        "meets_target": bool(np.min(ours) <= TARGET_MS),
-        "seconds": round(time.perf_counter() - began),
-        "rows": rows,
-    }
-    print(f"wrote {merge_result(device_name(), 'kernels_routing', value)}", flush=True)
+    parser.add_argument("--block", action="store_true")
+    args, began = parser.parse_args(), time.perf_counter()
+    value: dict[str, Any] = {"jax": jax.__version__}
+    if args.block:
+        key, torch = "kernels_moe_block", torch_or_none()
+        value |= {
+            "command": "python -m experiments.bench.kernels_routing --block",
+            "torch": torch.__version__ if torch else None,
+            "ceiling_tflops": round(matmul_ceiling(), 1),
+            "rows": block_rows(args.tokens),
+        }
+    else:
+        key, ceiling = "kernels_routing", copy_gbs()
+        rows = [row for experts in (128, 160) for row in routing_rows(args.tokens, experts)]
+        rows += copy_rows(args.tokens, 128, ceiling)
+        ours = [r["ms"] for r in rows if r["op"] == "route" and "same" in r and "ms" in r]
+        value |= {
+            "command": "python -m experiments.bench.kernels_routing",
+            "copy_gbs": round(ceiling),
+            "target_ms": TARGET_MS,
+            "meets_target": bool(np.min(ours) <= TARGET_MS),
+            "rows": rows,
+        }
+    value["seconds"] = round(time.perf_counter() - began)
+    print(f"wrote {merge_result(device_name(), key, value)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ without correction and with truncated importance weights; an engine whose log-pr
 arms of a seed begin with the same weights and see the same prompts in the same order; pass@1 is of
 the trainer's weights on held-out sums, before and after.
 
-    python -m experiments.bench.rl_learning --workdir runs/rl_learning
+    python -m experiments.bench.rl_learning --workdir W --cpus 14 --parallel 14 --gather W/all.json
+    python -m experiments.bench.rl_learning --write W/all.json
 
-takes about half an hour on two cores; what a workdir has is not done again.
+A job, one arm of one seed, takes five minutes of a core; without --parallel they run here, one
+after the other. What a workdir has is not done again, and a job that was cut off goes on from its
+checkpoint. The second line makes figure, table and result; it needs no workdir.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import collections
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +30,13 @@ import numpy as np
 
 from experiments import rl_reasoning
 from experiments.bench.results import cpu_name, merge_result
+from experiments.bench.side_by_side import Task, run_tasks
+from glm45_jax.checkpoint import Checkpoints
+from glm45_jax.data.loader import Loader
+from glm45_jax.data.sft import prepare_any, rows_of_any
 from glm45_jax.envs.scores import Score
-from glm45_jax.experiment import Experiment, FromRun, run_training
-from glm45_jax.metrics import read_jsonl
+from glm45_jax.experiment import Experiment, FromRun
+from glm45_jax.metrics import Row, read_jsonl
 from glm45_jax.rl import run as rl_run
 from glm45_jax.rl.config import Async
 from glm45_jax.rl.correction import Tis
@@ -37,10 +45,13 @@ from glm45_jax.rl.update import Update
 from glm45_jax.rl.workers import Done, Workers
 from glm45_jax.start import initial
 from glm45_jax.train.document import table as markdown_table
+from glm45_jax.train.parallel import Recipe, make_trainer
+from glm45_jax.train.trackers import Untracked
 
 LAG = 8
 TASKS, SAMPLES = 1024, 4  # of the scores before and after
 STEPS = 60
+CURVES = ("reward", "surprise", "staleness", "mismatch/kl", "mismatch/gap", "seconds")
 FIGURE = pathlib.Path("docs/images/rl_learning.png")
 TABLE = pathlib.Path("docs/rl_learning.md")
 
@@ -149,14 +160,21 @@ ARMS = (
 )
 
 
-def experiment(seed: int, cold: pathlib.Path, arm: Arm) -> Experiment:
+def experiment(seed: int, cold: pathlib.Path, arm: Arm, steps: int = STEPS) -> Experiment:
     """The tiny experiment of one arm, from the cold start that is there."""
     exp = rl_reasoning.tiny()
     assert exp.rl is not None
-    rl = dataclasses.replace(exp.rl, cold_start=None)
-    train = dataclasses.replace(exp.train, steps=STEPS)
+    evaluation = dataclasses.replace(exp.rl.evaluation, greedy=False)
+    rl = dataclasses.replace(exp.rl, cold_start=None, evaluation=evaluation)
+    train = dataclasses.replace(exp.train, steps=steps)
     exp = dataclasses.replace(
-        exp, name=f"rl_learning_{arm.name}", rl=rl, train=train, seed=seed, init=FromRun(str(cold))
+        exp,
+        name=f"rl_learning_{arm.name}",
+        rl=rl,
+        train=train,
+        seed=seed,
+        init=FromRun(str(cold)),
+        tracker=Untracked(),
     )
     return arm.change(exp)
 
@@ -181,45 +199,87 @@ def score(exp: Experiment, folder: pathlib.Path, params: Any) -> dict[str, list[
     return found
 
 
-def run_arm(seed: int, arm: Arm, workdir: pathlib.Path) -> dict[str, Any]:
-    """What became of one arm: scores, curve, seconds; read back where it was run before."""
+def begin(seed: int, workdir: pathlib.Path) -> dict[str, Any]:
+    """Scores of the cold start that all arms of a seed begin with; it is run where it is not there:
+    the supervised steps of `rl_reasoning.tiny`, without their report.
+    """
+    cold = workdir / f"seed{seed}" / "cold_start"
+    if (cold / "result.json").exists():
+        return json.loads((cold / "result.json").read_text())
+    exp = dataclasses.replace(rl_reasoning.tiny(), seed=seed)
+    assert exp.rl is not None and exp.rl.cold_start is not None
+    optim, train = exp.rl.cold_start.optim, exp.rl.cold_start.train
+    prepared = prepare_any(exp.data, cold / "data")
+    trainer = make_trainer(exp.mesh, Recipe(exp.model, optim, train, packed=True))
+    loader = Loader(
+        rows_of_any(exp.data, prepared),
+        seed=seed,
+        span=lambda step: (step * train.rows, train.rows),
+        fingerprint=prepared.fingerprint,
+    )
+    began = time.monotonic()
+    state = initial(exp, trainer)
+    for _, batch in zip(range(train.steps), loader.iterate(), strict=False):
+        state, out = trainer.step(state, batch)
+    params = trainer.save_view(state).params
+    result = {
+        "loss": float(jax.device_get(out.scalars["loss"])),
+        "steps": train.steps,
+        "seconds": time.monotonic() - began,
+        **score(experiment(seed, cold, ARMS[0]), cold / "scored", params),
+    }
+    with Checkpoints(cold / "checkpoints") as checkpoints:
+        checkpoints.save(train.steps, {"params": params}, sidecars={})
+    (cold / "result.json").write_text(json.dumps(result))
+    return result
+
+
+def run_arm(
+    seed: int, arm: Arm, workdir: pathlib.Path, steps: int = STEPS
+) -> dict[str, Any] | None:
+    """What became of one arm: scores, curves, seconds; read back where it was run before. None
+    where a signal stopped it: called again, it goes on.
+    """
     folder = workdir / f"seed{seed}"
     done = folder / arm.name / "result.json"
     if done.exists():
         return json.loads(done.read_text())
-    exp = experiment(seed, folder / "cold_start", arm)
+    before = begin(seed, workdir)
+    exp = experiment(seed, folder / "cold_start", arm, steps)
     updater = rl_run.updater_of(exp)
-    tokenizer = rl_run.tokenizer_of(exp, folder / "cold_start")
-    began = time.monotonic()
     state, outcome = rl_run.run(
         exp,
         folder / arm.name,
-        tokenizer=tokenizer,
+        tokenizer=rl_run.tokenizer_of(exp, folder / "cold_start"),
         updater=updater,
         initial=lambda trainer: initial(exp, trainer),
         through=arm.through,
     )
-    seconds = time.monotonic() - began
+    if outcome.why == "stopped":
+        return None
     assert state is not None
-    first = updater.params(initial(exp, updater.trainer))
     rows = read_jsonl(folder / arm.name / "metrics.jsonl")
+    same = outcome.step == 0
     result = {
         "why": outcome.why,
+        "said": outcome.said,
         "steps": outcome.step,
-        "seconds": seconds,
-        "before": score(exp, folder / arm.name, first),
-        "after": score(exp, folder / arm.name, updater.params(state)),
-        "reward": [[row.step, row.scalars["reward"]] for row in rows if "reward" in row.scalars],
-        "eval": [[r.step, r.scalars["eval/sampled"]] for r in rows if "eval/sampled" in r.scalars],
-        "staleness": [r.scalars["staleness"] for r in rows if "staleness" in r.scalars],
-        "mismatch": max((r.scalars.get("mismatch/max", 0.0) for r in rows), default=0.0),
+        "seconds": sum(row.scalars["seconds"] for row in rows),
+        "before": before,
+        "after": before if same else score(exp, folder / arm.name, updater.params(state)),
+        "eval": _curve(rows, "eval/sampled"),
+        "curves": {name: _curve(rows, name) for name in CURVES},
         "phases": phases(rows),
     }
     done.write_text(json.dumps(result))
     return result
 
 
-def phases(rows: Sequence[Any]) -> dict[str, float]:
+def _curve(rows: Sequence[Row], name: str) -> list[list[float]]:
+    return [[row.step, round(row.scalars[name], 6)] for row in rows if name in row.scalars]
+
+
+def phases(rows: Sequence[Row]) -> dict[str, float]:
     """Median seconds of a step by phase, from step 11 on, and tokens a second."""
     late = [row.scalars for row in rows if row.step > 10]
     names = [n for n in (late[-1] if late else {}) if n.startswith("seconds")]
@@ -315,31 +375,86 @@ def draw(results: Mapping[str, Mapping[str, Any]]) -> None:
     figure.savefig(FIGURE, dpi=150, metadata={"Software": None})
 
 
+def gather(workdir: pathlib.Path, jobs: str) -> dict[str, Any]:
+    """All results that a workdir has, and where they were made. jobs: how they ran, in words."""
+    arms: dict[str, dict[str, Any]] = {}
+    for file in sorted(workdir.glob("seed*/*/result.json")):
+        seed, name = file.parent.parent.name.removeprefix("seed"), file.parent.name
+        arms.setdefault(name, {})[seed] = json.loads(file.read_text())
+    cold = arms.pop("cold_start", {})
+    return {"device": cpu_name(), "jobs": jobs, "cold_start": cold, "arms": arms}
+
+
+def write(gathered: Mapping[str, Any]) -> None:
+    """None; figure, table and result."""
+    results = gathered["arms"]
+    said = verdicts(results)
+    draw(results)
+    lines = [f"- {'yes' if ok else 'NO'}: {what}" for what, ok in said.items()]
+    seeds = sorted({seed for one in results.values() for seed in one})
+    TABLE.write_text(
+        f"# RL with controls\n\n{table(results)}\n\n"
+        "Percent of held-out two-digit sums: mean over seeds (lowest to highest). Verdicts hold in "
+        "every seed or not at all:\n\n"
+        + "\n".join(lines)
+        + f"\n\nSeeds {', '.join(seeds)}; {gathered['jobs']} on {gathered['device']}.\n"
+    )
+    print(merge_result(gathered["device"], "rl_learning", {**gathered, "verdicts": said}))
+
+
+def _tasks(
+    seeds: Sequence[int], arms: Sequence[Arm], workdir: pathlib.Path, steps: int
+) -> list[Task]:
+    """Cold starts, then arm by arm, the most important first: of each all seeds."""
+
+    def task(name: str, seed: int, after: str = "") -> Task:
+        module = ("-m", "experiments.bench.rl_learning", "--steps", str(steps))
+        return Task(
+            f"seed{seed}/{name}",
+            (*module, "--workdir", str(workdir), "--seeds", str(seed), "--arms", name),
+            workdir / f"seed{seed}" / name / "result.json",
+            after and f"seed{seed}/{after}",
+        )
+
+    cold = [task("cold_start", seed) for seed in seeds]
+    return cold + [task(arm.name, seed, "cold_start") for arm in arms for seed in seeds]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/rl_learning"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in ARMS])
-    parser.add_argument("--write", action="store_true", help="figure, table and result file")
+    parser.add_argument("--steps", type=int, default=STEPS, help="batches of an arm")
+    parser.add_argument("--parallel", type=int, default=0, help="jobs at once; 0: here, in turn")
+    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="that jobs share")
+    parser.add_argument("--seconds", type=float, help="then jobs save and leave; again goes on")
+    parser.add_argument("--gather", type=pathlib.Path, help="file for all results of the workdir")
+    parser.add_argument("--write", type=pathlib.Path, help="file that --gather made: to the docs")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    results: dict[str, dict[str, Any]] = {}
-    for seed in args.seeds:
-        first = dataclasses.replace(rl_reasoning.tiny(), seed=seed)
-        rl_run.cold_start(first, args.workdir / f"seed{seed}", run_training)
-        for arm in ARMS:
-            if arm.name in args.arms:
-                found = run_arm(seed, arm, args.workdir)
-                results.setdefault(arm.name, {})[str(seed)] = found
-                print(seed, arm.name, found["why"], found["before"], found["after"], flush=True)
-    said = verdicts(results)
-    print(table(results))
-    print(json.dumps(said, indent=1))
     if args.write:
-        draw(results)
-        text = "\n".join(f"- {'yes' if ok else 'NO'}: {what}" for what, ok in said.items())
-        TABLE.write_text(f"# RL with controls\n\n{table(results)}\n\n{text}\n")
-        merge_result(cpu_name(), "rl_learning", {"arms": results, "verdicts": said})
+        write(json.loads(args.write.read_text()))
+        return
+    arms = [arm for arm in ARMS if arm.name in args.arms]
+    if args.parallel:
+        how = f"{args.parallel} jobs at once on {args.cpus} cores"
+        tasks = _tasks(args.seeds, arms, args.workdir, args.steps)
+        run_tasks(tasks, args.workdir / "logs", args.parallel, args.cpus, args.seconds)
+    else:
+        how = "one job after the other"
+        for seed in args.seeds:
+            print(seed, begin(seed, args.workdir), flush=True)
+        for arm in arms:
+            for seed in args.seeds:
+                if (found := run_arm(seed, arm, args.workdir, args.steps)) is None:
+                    raise SystemExit(f"seed {seed}, {arm.name}: stopped; the same command goes on")
+                print(seed, arm.name, found["why"], found["before"], found["after"], flush=True)
+    gathered = gather(args.workdir, how)
+    print(table(gathered["arms"]))
+    print(json.dumps(verdicts(gathered["arms"]), indent=1))
+    if args.gather:
+        args.gather.write_text(json.dumps(gathered))
 
 
 if __name__ == "__main__":

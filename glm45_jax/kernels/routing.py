@@ -6,6 +6,7 @@ The type to know is `Routing`. All of it float32 (spec 2.3).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -23,13 +24,15 @@ class Routing:
 
     expert_MA: chosen experts, best biased score first, int32. gate_MA: their weights, float32.
     order_R: for each of the R = M * A rows in expert order, its index m * A + a. rows_E: rows of
-    each expert, int32, padding included.
+    each expert, int32, padding included. copies: the implementation of `permute` and `combine` for
+    these rows: "mosaic" where that was asked for by name, else "auto".
     """
 
     expert_MA: jax.Array
     gate_MA: jax.Array
     order_R: jax.Array
     rows_E: jax.Array
+    copies: str = struct.field(pytree_node=False, default="auto")
 
 
 def route(
@@ -57,6 +60,7 @@ def route(
         top_k=top_k, groups=groups, top_groups=top_groups, norm_topk=norm_topk, scale=scale
     )
     own = pick("routing", IMPLS, impl, logits_ME, bias_E, **kwargs)(logits_ME, bias_E, **kwargs)
+    own = own.replace(copies="mosaic" if impl == "mosaic" else "auto")
     if routes_MA is None:
         return own
     routes_MA = routes_MA.astype(jnp.int32)
@@ -64,7 +68,8 @@ def route(
     expert_MA = jnp.where(known_M1, routes_MA, own.expert_MA)
     score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
     # Sorted, for these may name an expert twice, and counting needs them to differ.
-    return _sent_to(expert_MA, score_ME, by_sorting, norm_topk, scale)
+    sent = _sent_to(expert_MA, score_ME, by_sorting, norm_topk, scale)
+    return sent.replace(copies=own.copies)
 
 
 def reference(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) -> Routing:
@@ -195,44 +200,82 @@ def count_rows(expert_MA: jax.Array, experts: int, valid_M: jax.Array | None = N
     return jnp.zeros(experts, jnp.int32).at[expert_MA].add(weight_MA)
 
 
-@jax.custom_vjp
-def permute(x_MD: jax.Array, order_R: jax.Array) -> jax.Array:
+def permute(x_MD: jax.Array, order_R: jax.Array, *, impl: str = "auto") -> jax.Array:
     """Rows in expert order: x_RD[r] = x_MD[order_R[r] // A]. Its backward gathers and sums, it
     never scatters.
     """
-    return x_MD[order_R // (order_R.shape[0] // x_MD.shape[0])]
-
-
-def _permute_fwd(x_MD, order_R):
-    return permute(x_MD, order_R), (order_R, x_MD.shape[0])
-
-
-def _permute_bwd(saved, g_RD):
-    order_R, M = saved
-    g_MAD = g_RD[inverse(order_R)].reshape(M, -1, g_RD.shape[-1])
-    return g_MAD.astype(jnp.float32).sum(axis=1).astype(
-        g_RD.dtype
-    ), None  # fp32 sum over the A copies
-
-
-permute.defvjp(_permute_fwd, _permute_bwd)
+    return pick("permute", PERMUTES, impl, x_MD, order_R)(x_MD, order_R)
 
 
 @jax.custom_vjp
-def combine(y_RD: jax.Array, gate_MA: jax.Array, order_R: jax.Array) -> jax.Array:
+def _gathered(x_MD, order_R):
+    """`permute` by XLA's gather: row by row of the result, each token read A times."""
+    return x_MD[order_R // (order_R.shape[0] // x_MD.shape[0])]
+
+
+def _gathered_fwd(x_MD, order_R):
+    return _gathered(x_MD, order_R), (order_R, x_MD.shape[0])
+
+
+def _gathered_bwd(saved, g_RD):
+    order_R, M = saved
+    return _summed(g_RD, inverse(order_R), M), None
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def _summed(g_RD: jax.Array, place_R: jax.Array, M: int) -> jax.Array:
+    """Sums over the A copies of a token, in float32: [M, D] in the dtype of g."""
+    g_MAD = g_RD[place_R].reshape(M, -1, g_RD.shape[-1])
+    return g_MAD.astype(jnp.float32).sum(axis=1).astype(g_RD.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def copied(x_MD: jax.Array, order_R: jax.Array, interpret: bool = False) -> jax.Array:
+    """`permute` by the Pallas kernel for Hopper (routing_gpu.py): each token read once."""
+    return _copied_fwd(x_MD, order_R, interpret)[0]
+
+
+def _copied_fwd(x_MD, order_R, interpret):
+    from glm45_jax.kernels import routing_gpu
+
+    place_MA = inverse(order_R).reshape(x_MD.shape[0], -1)
+    return routing_gpu.copy_rows(x_MD, place_MA, interpret=interpret), place_MA
+
+
+def _copied_bwd(interpret, place_MA, g_RD):
+    return _summed(g_RD, place_MA.reshape(-1), place_MA.shape[0]), None
+
+
+copied.defvjp(_copied_fwd, _copied_bwd)
+
+
+def combine(
+    y_RD: jax.Array, gate_MA: jax.Array, order_R: jax.Array, *, impl: str = "auto"
+) -> jax.Array:
     """Sum over a token's experts of gate times output, in float32: [M, D]. Inverse of `permute`, by
     gathers alone.
+
+    impl: of the backward pass. "mosaic" first rounds the gradient to the dtype of y, which changes
+    nothing where the caller rounded this result to it, and frees XLA from writing it in float32.
     """
-    return _combine_fwd(y_RD, gate_MA, order_R)[0]
+    return pick("combine", COMBINES, impl, y_RD, gate_MA, order_R)(y_RD, gate_MA, order_R)
 
 
-def _combine_fwd(y_RD, gate_MA, order_R):
+@jax.custom_vjp
+def _weighed(y_RD, gate_MA, order_R):
+    """`combine` by XLA, its backward too."""
+    return _weighed_fwd(y_RD, gate_MA, order_R)[0]
+
+
+def _weighed_fwd(y_RD, gate_MA, order_R):
     M, A = gate_MA.shape
     y_MAD = y_RD[inverse(order_R)].reshape(M, A, -1).astype(jnp.float32)
     return jnp.einsum("ma,mad->md", gate_MA, y_MAD), (y_RD, gate_MA, order_R)
 
 
-def _combine_bwd(saved, g_MD):
+def _weighed_bwd(saved, g_MD):
     y_RD, gate_MA, order_R = saved
     M, A = gate_MA.shape
     g_RD = g_MD[order_R // A]
@@ -241,7 +284,38 @@ def _combine_bwd(saved, g_MD):
     return dy_RD, jnp.einsum("md,mad->ma", g_MD, y_MAD), None
 
 
-combine.defvjp(_combine_fwd, _combine_bwd)
+_weighed.defvjp(_weighed_fwd, _weighed_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def put_back(
+    y_RD: jax.Array, gate_MA: jax.Array, order_R: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """`combine` with a backward in one pass by the Pallas kernel for Hopper (routing_gpu.py)."""
+    return _put_back_fwd(y_RD, gate_MA, order_R, interpret)[0]
+
+
+def _put_back_fwd(y_RD, gate_MA, order_R, interpret):
+    out_MD, _ = _weighed_fwd(y_RD, gate_MA, order_R)
+    return out_MD, (y_RD, gate_MA, inverse(order_R).reshape(gate_MA.shape))
+
+
+def _put_back_bwd(interpret, saved, g_MD):
+    from glm45_jax.kernels import routing_gpu
+
+    y_RD, gate_MA, place_MA = saved
+    g_MD = g_MD.astype(y_RD.dtype)
+    dy_RD, dgate_MA = routing_gpu.put_rows(g_MD, place_MA, gate_MA, y_RD, interpret=interpret)
+    return dy_RD, dgate_MA, None
+
+
+put_back.defvjp(_put_back_fwd, _put_back_bwd)
+
+
+def _rows_supports(rows: jax.Array, *_: Any) -> str | None:
+    from glm45_jax.kernels import routing_gpu
+
+    return routing_gpu.refuses_places(rows)
 
 
 def inverse(order_R: jax.Array) -> jax.Array:
@@ -257,4 +331,12 @@ IMPLS = (
     Implementation("mosaic", mosaic, _mosaic_supports, ()),  # by name, until it has been measured
     Implementation("counting", counting, anything, ("gpu",)),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
+)
+PERMUTES = (
+    Implementation("mosaic", copied, _rows_supports, ()),  # by name, until it has been measured
+    Implementation("reference", _gathered, anything, ("cpu", "gpu", "tpu")),
+)
+COMBINES = (
+    Implementation("mosaic", put_back, _rows_supports, ()),  # by name, until it has been measured
+    Implementation("reference", _weighed, anything, ("cpu", "gpu", "tpu")),
 )

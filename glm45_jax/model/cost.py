@@ -154,14 +154,15 @@ def memory_per_device(
     rows: int,
     seq_len: int,
     accumulate: bool = False,
+    platform: str = "",
 ) -> dict[str, float]:
     """Bytes on one device in a training step, by term; terms that begin with "E" are estimates.
 
     optim: a value with `build(specs)` and `stored(specs)`. mesh_sizes: devices along
-    `sharding.AXES`. rows: of one micro-batch, all devices. Attention is counted as a fused kernel;
-    the reference keeps some N·T·T scores a row besides. Not counted: the workspace of
-    Newton-Schulz, buffers of collectives but for attention's keys, the allocator's slack.
-    `glm45_jax.plan` asks the compiler.
+    `sharding.AXES`. rows: of one micro-batch, all devices. platform: "gpu" or "tpu", where known.
+    Attention is counted as a fused kernel; the reference keeps some N·T·T scores a row besides. Not
+    counted: the workspace of Newton-Schulz, the allocator's slack. `glm45_jax.plan` asks the
+    compiler, which runs less at a time where memory is short, and then needs less.
     """
     sizes = dict(zip(sharding.AXES, mesh_sizes, strict=True))
     ways = math.prod(sizes[a] for a in (*rules.batch, *rules.seq))
@@ -171,6 +172,8 @@ def memory_per_device(
     held = float(sum(_local_bytes(s, s.dtype, sizes, rules) for s in leaves))
     act = jnp.dtype(cfg.dtype).itemsize
     saved, block, dispatch = _activations(cfg, act, sizes, rules)
+    layer = _layer_weights(cfg, optim, act, sizes, rules)
+    gathered = sharding.ways(rules.embed, sizes) > 1
     summed = float(sum(_local_bytes(s, jnp.float32, sizes, rules) for s in leaves))
     terms = {
         "parameters": held,
@@ -182,7 +185,15 @@ def memory_per_device(
         "E rows of experts": tokens * dispatch,
         "E keys of other devices": _whole_keys(cfg, act, sizes, rules, rows=rows, seq_len=seq_len),
         "E chunk of logits": tokens * min(chunk_words(tokens), cfg.vocab) * (4.0 + act),
-        "E weights of one layer": _layer_weights(cfg, optim, act, sizes, rules),
+        "E weights of one layer": layer,
+        "E gradients of one layer": layer if gathered else 0.0,  # before they are scattered
+        "E embedding, whole": _whole_embedding(cfg, act, sizes, rules),
+        "E copies of experts' rows": tokens * _copied_bytes(cfg, act, sizes, rules, platform),
+        "E weights as gathered": (
+            _laid_out(weights, sizes, rules)
+            if gathered and accumulate and platform == "gpu"
+            else 0.0
+        ),
     }
     return terms | {"total": sum(terms.values())}
 
@@ -318,6 +329,37 @@ def _dispatch_bytes(
     return exchange.residual_bytes(row, size=size, moe=cfg.moe, d_model=cfg.d_model, act=act)
 
 
+def _copied_bytes(
+    cfg: ModelConfig, act: int, sizes: Mapping[str, int], rules: sharding.Rules, platform: str
+) -> float:
+    """Bytes a token of what an exchange of experts copies on its way."""
+    exchange, lay = _exchange(cfg, sizes, rules, platform or "gpu")
+    if not cfg.n_moe + cfg.n_mtp or lay.group.size == 1:
+        return 0.0
+    size, D = lay.group.size, cfg.d_model
+    return exchange.copied_bytes(size=size, moe=cfg.moe, d_model=D, act=act)
+
+
+def _whole_embedding(
+    cfg: ModelConfig, act: int, sizes: Mapping[str, int], rules: sharding.Rules
+) -> float:
+    """Bytes of the embedding as a device looks tokens up in it, or of its gradient before that is
+    scattered; 0 where it is not split over D.
+    """
+    if sharding.ways(rules.embed, sizes) == 1:
+        return 0.0
+    return cfg.vocab * cfg.d_model * act / sharding.ways(rules.vocab, sizes)
+
+
+def _laid_out(weights: Any, sizes: Mapping[str, int], rules: sharding.Rules) -> float:
+    """Bytes of stacked matrices once more. XLA's GPU compiler gathers along the first dimension: it
+    turns D to the front, for all layers at once, before the loop over micro-batches.
+    """
+    leaves = [s for _, s in plan.leaves_with_path(weights)]
+    turned = [s for s in leaves if s.kind == "matrix" and {"layers", "embed"} <= set(s.axes)]
+    return float(sum(_local_bytes(s, s.dtype, sizes, rules) for s in turned))
+
+
 def _held_experts(cfg: ModelConfig, sizes: Mapping[str, int], rules: sharding.Rules) -> float:
     """Share of a layer's routed weights that one device holds while it multiplies."""
     exchange, lay = _exchange(cfg, sizes, rules)
@@ -326,13 +368,13 @@ def _held_experts(cfg: ModelConfig, sizes: Mapping[str, int], rules: sharding.Ru
 
 
 def _exchange(
-    cfg: ModelConfig, sizes: Mapping[str, int], rules: sharding.Rules
+    cfg: ModelConfig, sizes: Mapping[str, int], rules: sharding.Rules, platform: str = "gpu"
 ) -> tuple[Any, Layout]:
     """How tokens meet experts on this mesh, and where both lie."""
     moe = cfg.moe
     lay = layout(sizes, rules, experts=moe.experts, d_model=cfg.d_model, width=moe.d_expert)
-    # The platform is not known here; the exchanges it decides between have the same buffers.
-    return rules.exchange or default_exchange(lay.group.size, moe.top_k, "gpu")[0], lay
+    # What the backward pass reads is the same for the exchanges that the platform decides between.
+    return rules.exchange or default_exchange(lay.group.size, moe.top_k, platform)[0], lay
 
 
 @functools.cache

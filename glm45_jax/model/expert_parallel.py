@@ -222,13 +222,17 @@ class GatherWeights:
         """Bytes a token that the backward pass reads, `row` of them for each routed row."""
         return moe.top_k * row
 
+    def copied_bytes(self, *, size: int, moe: Any, d_model: int, act: int) -> float:
+        """Bytes a token of copies that live beside those at the peak: none, rows stay."""
+        return 0.0
+
     def __call__(self, x_mD, r: Routing, weights, *, group: Group, apply: Apply):
         """(y [m, D] float32, spilled) of this device's tokens, experts of all devices."""
         if group.axes:
             whole = functools.partial(lax.all_gather, axis_name=group.axes, axis=0, tiled=True)
             weights = jax.tree.map(whole, weights)
-        y_rD = apply(permute(x_mD, r.order_R), weights, r.rows_E)
-        return combine(y_rD, r.gate_MA, r.order_R), jnp.int32(0)
+        y_rD = apply(permute(x_mD, r.order_R, impl=r.copies), weights, r.rows_E)
+        return combine(y_rD, r.gate_MA, r.order_R, impl=r.copies), jnp.int32(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +242,9 @@ class _Buffered:
     factor: float = 1.25
 
     gathers_experts = False
+    # Arrays of slots x D that live at the peak beside what the backward pass reads: sent, received,
+    # regrouped, and their gradients. Counted in programs compiled for H100s and v5p (docs/log.md).
+    copies = 6
 
     def __post_init__(self) -> None:
         if not self.factor > 0:
@@ -253,7 +260,15 @@ class _Buffered:
         """Bytes a token that the backward pass reads, `row` of them for each slot of the first
         pass.
         """
-        return min(self.factor * moe.top_k, size * min(moe.top_k, moe.experts // size)) * row
+        return self._slots(size, moe) * row
+
+    def copied_bytes(self, *, size: int, moe: Any, d_model: int, act: int) -> float:
+        """Bytes a token of copies that live beside those at the peak of a step."""
+        return self._slots(size, moe) * self.copies * d_model * act
+
+    def _slots(self, size: int, moe: Any) -> float:
+        """Slots of the first pass for one token."""
+        return min(self.factor * moe.top_k, size * min(moe.top_k, moe.experts // size))
 
     def room(self, even: float, worst: int) -> int:
         """Slots for what an even routing makes `even` rows and no routing more than `worst`; whole
@@ -268,6 +283,8 @@ class GatherTokens(_Buffered):
     partial sums are reduce-scattered. For small groups: a token travels once to each device of
     the group, not once for each of its experts.
     """
+
+    copies = 4  # nothing is regrouped
 
     def residual_bytes(self, row: float, *, size: int, moe: Any, d_model: int, act: int) -> float:
         """The slots, and the tokens of the whole group, their sums in float32."""
@@ -349,6 +366,8 @@ class RaggedAllToAll(_Buffered):
 
     Source: docs/log.md (2 H100: 2.6 GB/s against 267 of a dense all-to-all).
     """
+
+    copies = 2
 
     def refuses(self, platform: str) -> str | None:
         """Why it cannot run there."""

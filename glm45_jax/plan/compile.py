@@ -200,19 +200,14 @@ def lower(exp: Any, rows: int, devices: Any) -> Any:
     """The step of `exp` on a batch of `rows` rows over these devices, as `jax.stages.Lowered`: the
     one that trains, its state donated.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from glm45_jax.data.types import Batch
+    from glm45_jax.train.ahead import batch_shapes
     from glm45_jax.train.parallel import Recipe, make_trainer
 
     packed = getattr(exp.data.packing, "document_mask", True)
     recipe = Recipe(exp.model, exp.optim, exp.train, packed)
     trainer = make_trainer(exp.mesh, recipe, exp.rules, devices)
     trainer.check_rows(rows)
-    shape = (rows, exp.data.seq_len)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
-    return trainer.lower(Batch(ids, ids, ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32)))
+    return trainer.lower(batch_shapes(rows, exp.data.seq_len))
 
 
 def overflow(message: str) -> float:

@@ -100,6 +100,7 @@ def terms(exp: Any, rows: int, target: Target) -> dict[str, float]:
         rows=micro,
         seq_len=exp.data.seq_len,
         accumulate=micro < rows,
+        platform=target.chip.platform,
     )
     del found["total"]
     if keeps_scores(exp, target.chip.platform):

@@ -1,5 +1,5 @@
-"""Machines that are not here: `v5p:8x8x8` is a torus of TPU chips, `h100:64x8` 64 hosts of 8 GPUs.
-The types to know are `Chip` (rates of one device) and `Target`.
+"""Machines that are not here: `v5p:8x8x8` is a torus of TPU chips, `2*v6e:16x16` two of them,
+`h100:64x8` 64 hosts of 8 GPUs. The types to know are `Chip` (rates of one device) and `Target`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Chip:
     """One device. flops: dense bfloat16 FLOP/s. hbm_bytes: what XLA may fill, not what is sold.
 
     hbm_rate, link_rate, net_rate: bytes/s to its memory; out of the device over all of its links
-    at once (a torus, NVLink); out of the device to other hosts (0: the links reach them).
+    at once (a torus, NVLink); out of the device to other hosts, of TPUs to other slices.
     sides: dimensions of a topology. source: of the numbers.
     """
 
@@ -36,9 +36,9 @@ class Chip:
 
 _BOOK = "jax-ml.github.io/scaling-book, one way over all links; HBM that XLA enforces"
 CHIPS: tuple[Chip, ...] = (
-    Chip("v5p", "tpu", 459e12, 95.73 * GIB, 2.765e12, 6 * 9e10, 0.0, 3, "TPU v5p", _BOOK),
-    Chip("v6e", "tpu", 918e12, 31.24 * GIB, 1.64e12, 4 * 9e10, 0.0, 2, "TPU v6e", _BOOK),
-    Chip("v5e", "tpu", 197e12, 15.75 * GIB, 8.2e11, 4 * 4.5e10, 0.0, 2, "TPU v5e", _BOOK),
+    Chip("v5p", "tpu", 459e12, 95.73 * GIB, 2.765e12, 6 * 9e10, 6.25e9, 3, "TPU v5p", _BOOK),
+    Chip("v6e", "tpu", 918e12, 31.24 * GIB, 1.64e12, 4 * 9e10, 12.5e9, 2, "TPU v6e", _BOOK),
+    Chip("v5e", "tpu", 197e12, 15.75 * GIB, 8.2e11, 4 * 4.5e10, 3.125e9, 2, "TPU v5e", _BOOK),
     Chip(
         "h100",
         "gpu",
@@ -73,23 +73,27 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A machine. sides: of the torus; or hosts and GPUs of a host."""
+    """A machine. sides: of a torus; or hosts and GPUs of a host. slices: such tori, joined by the
+    hosts' network.
+    """
 
     chip: Chip
     sides: tuple[int, ...]
+    slices: int = 1
 
     def __str__(self) -> str:
-        return f"{self.chip.name}:{'x'.join(map(str, self.sides))}"
+        times = f"{self.slices}*" if self.slices > 1 else ""
+        return f"{times}{self.chip.name}:{'x'.join(map(str, self.sides))}"
 
     @property
     def devices(self) -> int:
         """Devices in all."""
-        return math.prod(self.sides)
+        return self.slices * math.prod(self.sides)
 
     @property
     def on_a_host(self) -> int:
         """Devices that the fast links join: all of a torus, those of a host."""
-        return self.devices if self.chip.platform == "tpu" else self.sides[1]
+        return self.devices // self.slices if self.chip.platform == "tpu" else self.sides[1]
 
 
 def parse(text: str) -> Target:
@@ -98,14 +102,15 @@ def parse(text: str) -> Target:
     Raises: ValueError for an unknown chip, with the nearest, and for sides that its machines do not
     have.
     """
-    found = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", text.strip().lower())
+    found = re.fullmatch(r"(?:(\d+)\*)?([a-z0-9]+):(\d+(?:x\d+)*)", text.strip().lower())
     known = {chip.name: chip for chip in CHIPS}
     if found is None:
         raise ValueError(
-            f"target {text!r} is not chip:sides; say v5p:8x8x8 (a torus), v6e:16x16, or h100:64x8 "
-            "(64 hosts of 8 GPUs)"
+            f"target {text!r} is not chip:sides; say v5p:8x8x8 (a torus), 2*v6e:16x16 (two of "
+            "them), or h100:64x8 (64 hosts of 8 GPUs)"
         )
-    name, sides = found[1], tuple(int(n) for n in found[2].split("x"))
+    slices, name = int(found[1] or 1), found[2]
+    sides = tuple(int(n) for n in found[3].split("x"))
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, 0.3) or list(known)
         raise ValueError(f"no chip {name!r} is known; did you mean {near}? There are {list(known)}")
@@ -115,7 +120,9 @@ def parse(text: str) -> Target:
         raise ValueError(f"target {text!r}: {name} takes {form}, not {sides}")
     if chip.platform == "gpu" and sides[1] > 8:
         raise ValueError(f"target {text!r}: a host has up to 8 GPUs, not {sides[1]}")
-    return Target(chip, sides)
+    if slices < 1 or (slices > 1 and chip.platform == "gpu"):
+        raise ValueError(f"target {text!r}: {slices} slices; TPUs have 1 or more, GPUs have hosts")
+    return Target(chip, sides, slices)
 
 
 def topology(target: Target) -> Any:
@@ -131,4 +138,9 @@ def topology(target: Target) -> Any:
         return topologies.get_topology_desc(
             platform="cuda", target_config=H100_CONFIG, topology=f"1x{hosts}x{gpus}"
         )
-    return topologies.get_topology_desc(platform="tpu", topology_name=str(target))
+    one = str(dataclasses.replace(target, slices=1))
+    return topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=one,
+        **({"num_slices": target.slices} if target.slices > 1 else {}),
+    )

@@ -31,6 +31,9 @@ class RlBatch:
     - routes_BTLA: int16, experts that the engine chose for tokens_BT (R3), -1 where unknown.
     - old_logp_BT: float32, of the trainer before its first step on this batch; None takes the
       engine's word. Corrections of the mismatch compare the two.
+    - fresh_B: bool, rows that the weights of this very step drew. Where it is given, this is the
+      first step on the batch: the policy's own log-probs, without their gradient, stand for
+      old_logp_BT, and the engine's are compared with them on these rows.
     - reference_logp_BT: float32, of the model that a KL term pulls towards.
     - temperature_BT: float32, over 0, at which the engine drew the token, and 1 where it drew none;
       None: 1 everywhere. All log-probs of a batch are at these.
@@ -43,6 +46,7 @@ class RlBatch:
     version_B: Array
     routes_BTLA: Array | None = None
     old_logp_BT: Array | None = None
+    fresh_B: Array | None = None
     reference_logp_BT: Array | None = None
     temperature_BT: Array | None = None
 

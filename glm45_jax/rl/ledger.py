@@ -18,7 +18,7 @@ from glm45_jax.integrity import write_whole
 
 FILE = "pool.sqlite"
 MARK = "pool.json"  # says that a ledger was here: an empty database is then damage, not a start
-FORMAT = 1
+FORMAT = 2
 WAIT_S = 60.0  # for the write lock; a transaction takes milliseconds
 
 _SCHEMA = (

@@ -230,8 +230,13 @@ def _train(run: Run, now: _Standing, taken: Sequence[Trajectory], clock: Clock) 
     scalars = _described(run, finished, taken, chosen, step) | _alarms(run, now, finished)
     with clock.phase("pack"):
         batches = [_pack(run, part) for part in _parts(chosen, rl.updates)]
+    # One update a batch needs no scores beside those it makes itself.
+    alone = rl.recompute and len(batches) == 1
+    found: dict[str, float] = {}
     with clock.phase("score"):
-        if batches:
+        if alone:
+            batches = [b.replace(fresh_B=b.version_B == step) for b in batches]
+        elif batches:
             batches, found = _scored(run, now.state, batches, step)
         else:  # nothing is trained, and yet engine and trainer are compared
             whole = _pack(run, (list(taken), np.zeros(len(taken), np.float32)))
@@ -240,8 +245,12 @@ def _train(run: Run, now: _Standing, taken: Sequence[Trajectory], clock: Clock) 
     with clock.phase("train"):
         for batch in batches:
             now.state, out = run.updater.step(now.state, batch)
-            outs.append({name: float(x) for name, x in jax.device_get(out.scalars).items()})
-            if not bool(jax.device_get(out.ok)):
+            said, ok = jax.device_get((out.scalars, out.ok))
+            outs.append({name: float(x) for name, x in said.items()})
+            if alone and (fresh := _fresh_tokens(batch, step)):
+                found = {f"mismatch/{n}": outs[-1][f"policy/fresh_{n}"] for n in ("kl", "gap")}
+                _check_mismatch(rl.most_mismatch, found, fresh)
+            if not ok:
                 if len(outs) > 1:
                     now.saved = step  # half of a batch is no place to go on from
                 raise NotFiniteError(f"{outs[-1]} is not finite; this update was not applied")
@@ -304,24 +313,34 @@ def _scored(
         return batches, {}
     old = [np.asarray(run.updater.logp(state.params, batch)) for batch in batches]
     found, fresh = mismatch(batches, old, step)
-    limit = run.rl.most_mismatch
-    if limit is not None and fresh and not found["mismatch/kl"] <= limit:
-        raise GateError(
-            f"engine and trainer differ by {found['mismatch/kl']:.3g} nats a token (KL), at most "
-            f"{found['mismatch/max']:.3g}, on {fresh} tokens of the weights that are trained; the "
-            f"limit is {limit:g} (rl.most_mismatch). Look for other weights, another temperature, "
-            "or a kernel that is wrong, before anything is trained on them"
-        )
+    if fresh:
+        _check_mismatch(run.rl.most_mismatch, found, fresh)
     if not run.rl.recompute:
         return batches, found
     scored = [b.replace(old_logp_BT=x_BT) for b, x_BT in zip(batches, old, strict=True)]
     return scored, found
 
 
+def _check_mismatch(limit: float | None, found: Mapping[str, float], fresh: int) -> None:
+    """None. Raises: GateError; nothing has been trained then."""
+    if limit is not None and not found["mismatch/kl"] <= limit:
+        raise GateError(
+            f"engine and trainer differ by {found['mismatch/kl']:.3g} nats a token (KL), "
+            f"{found['mismatch/gap']:.3g} on average, on {fresh} tokens of the weights that are "
+            f"trained; the limit is {limit:g} (rl.most_mismatch). Look for other weights, another "
+            "temperature, or a kernel that is wrong, before anything is trained on them"
+        )
+
+
+def _fresh_tokens(batch: RlBatch, version: int) -> int:
+    """Counted tokens of rows that these very weights drew."""
+    return int(((batch.weight_BT > 0) & (batch.version_B == version)[:, None]).sum())
+
+
 def mismatch(
     batches: Sequence[RlBatch], old: Sequence[np.ndarray], version: int
 ) -> tuple[dict[str, float], int]:
-    """KL of the engine to the trainer in nats a token and the largest |difference|, over the
+    """KL of the engine to the trainer in nats a token and the mean |difference|, "gap", over the
     counted tokens of rows that these very weights drew; and how many those are.
     """
     parts = []
@@ -332,7 +351,7 @@ def mismatch(
     if not difference_M.size:
         return {}, 0
     kl = float((np.expm1(difference_M) - difference_M).mean())
-    return {"mismatch/kl": kl, "mismatch/max": float(abs(difference_M).max())}, difference_M.size
+    return {"mismatch/kl": kl, "mismatch/gap": float(abs(difference_M).mean())}, difference_M.size
 
 
 def _alarms(run: Run, now: _Standing, finished: Sequence[Trajectory]) -> dict[str, float]:

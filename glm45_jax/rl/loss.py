@@ -89,8 +89,8 @@ def policy_loss(
 
     `LossOut.tokens` is of this share and `load_LE` is empty ([0, 1]): the step that ran the model
     fills it in. Parts, which add up over shares like the loss: policy; kl; and per token
-    clip_fraction, drift_kl (old to policy), and with old_logp_BT mismatch_kl (engine to old), with
-    corrections dropped (share of tokens of weight 0).
+    clip_fraction, drift_kl (old to policy), and with old_logp_BT or fresh_B mismatch_kl (engine to
+    old), with corrections dropped (share of tokens of weight 0).
 
     Raises: ValueError for shapes that differ, two objectives, or log-probs that a correction or KL
     term needs and the batch has not. Source: spec 7.2, 7.5.
@@ -113,7 +113,7 @@ def policy_loss(
     if corrections:
         parts["dropped"] = (token_BT * (kept_BT == 0).astype(jnp.float32)).sum()
     parts["clip_fraction"] = (token_BT * clipped_BT.astype(jnp.float32)).sum()
-    parts |= _distances(jax.lax.stop_gradient(t), token_BT, batch.old_logp_BT is not None)
+    parts |= _distances(jax.lax.stop_gradient(t), token_BT, _has_old(batch))
     return LossOut(total, count(batch).tokens, parts, jnp.zeros((0, 1), jnp.float32))
 
 
@@ -133,6 +133,8 @@ def _counted(logp_BT: jax.Array, batch: RlBatch) -> Tokens:
         return jnp.where(weight_BT > 0, _float32(x_BT), 0)
 
     old_logp_BT = batch.logp_BT if batch.old_logp_BT is None else batch.old_logp_BT
+    if batch.fresh_B is not None:
+        old_logp_BT = jax.lax.stop_gradient(logp_BT)
     return Tokens(
         logp_BT=counted(logp_BT),
         old_logp_BT=counted(old_logp_BT),
@@ -158,6 +160,10 @@ def _objective(
     return objective
 
 
+def _has_old(batch: RlBatch) -> bool:
+    return batch.old_logp_BT is not None or batch.fresh_B is not None
+
+
 def _check(logp_BT, batch: RlBatch, corrections: Sequence[Correction], kl: Kl | None) -> None:
     if logp_BT.shape != batch.weight_BT.shape:
         raise ValueError(
@@ -167,7 +173,7 @@ def _check(logp_BT, batch: RlBatch, corrections: Sequence[Correction], kl: Kl | 
     if kl is not None and batch.reference_logp_BT is None:
         raise ValueError(f"{kl} needs reference_logp_BT; batch.replace it in, or use kl=None")
     for correction in corrections:
-        if compares_with_engine(correction) and batch.old_logp_BT is None:
+        if compares_with_engine(correction) and not _has_old(batch):
             raise ValueError(
                 f"{correction} needs old_logp_BT, the trainer's log-probs before its first step; "
                 "batch.replace it in, or leave the correction out"

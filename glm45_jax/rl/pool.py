@@ -38,6 +38,8 @@ from glm45_jax.rl.ledger import Ledger
 from glm45_jax.rl.record import plain
 from glm45_jax.rl.trajectory import Trajectory
 
+Samples = Sequence[Trajectory] | Mapping[int, Trajectory]  # in the order of a lease, or by sample
+
 __all__ = ["Filter", "Lease", "Outcome", "Pool", "Prompt", "Result", "Rules", "varied"]
 
 
@@ -162,9 +164,7 @@ class Pool:
             rows.write_sample(db, place, sample, one)
         return True
 
-    def commit(
-        self, lease: Lease, trajectories: Sequence[Trajectory] | Mapping[int, Trajectory]
-    ) -> Outcome:
+    def commit(self, lease: Lease, trajectories: Samples) -> Outcome:
         """What became of the group; the lease is over.
 
         trajectories: in the order of lease.samples, or by sample. Samples that are aborted, failed
@@ -173,23 +173,35 @@ class Pool:
         Raises: ValueError where these are not the lease's samples; what a filter raises. Both leave
         all as it was.
         """
-        if not isinstance(trajectories, Mapping):
-            trajectories = dict(zip(lease.samples, trajectories, strict=True))
-        _check(lease, trajectories)
+        return self.commit_all([(lease, trajectories)])[0]
+
+    def commit_all(self, ended: Sequence[tuple[Lease, Samples]]) -> list[Outcome]:
+        """`commit` of several groups, in this order and in one transaction: all or none."""
+        groups = []
+        for lease, given in ended:
+            if not isinstance(given, Mapping):
+                given = dict(zip(lease.samples, given, strict=True))
+            _check(lease, given)
+            groups.append((lease, given))
         with self._ledger.write() as db:
-            if (place := rows.held(db, lease.token)) is None:
-                rows.count(db, "late_samples", len(trajectories))
-                return "lost"
-            for sample, one in trajectories.items():
-                rows.write_sample(db, place, sample, one)
-            failed = any(one.status == "error" for one in trajectories.values())
-            db.execute("UPDATE prompts SET errors = errors + ? WHERE place = ?", (failed, place))
-            rows.count(db, "failed_leases", failed)
-            outcome, why = self._outcome(db, place, lease.prompt, trajectories)
-            if outcome == "waiting":
-                rows.release(db, "place = ?", place)
-            else:
-                rows.settle(db, place, outcome, why)
+            return [self._commit(db, lease, given) for lease, given in groups]
+
+    def _commit(
+        self, db: sqlite3.Connection, lease: Lease, trajectories: Mapping[int, Trajectory]
+    ) -> Outcome:
+        if (place := rows.held(db, lease.token)) is None:
+            rows.count(db, "late_samples", len(trajectories))
+            return "lost"
+        for sample, one in trajectories.items():
+            rows.write_sample(db, place, sample, one)
+        failed = any(one.status == "error" for one in trajectories.values())
+        db.execute("UPDATE prompts SET errors = errors + ? WHERE place = ?", (failed, place))
+        rows.count(db, "failed_leases", failed)
+        outcome, why = self._outcome(db, place, lease.prompt, trajectories)
+        if outcome == "waiting":
+            rows.release(db, "place = ?", place)
+        else:
+            rows.settle(db, place, outcome, why)
         return outcome
 
     def take(

@@ -165,6 +165,7 @@ def updater_of(exp: Any) -> Updater:
         rules=exp.rules,
         devices=devices,
         seed=exp.seed,
+        most_mismatch=exp.rl.most_mismatch,
     )
     if exp.train.rows % updater.multiple:
         raise ValueError(

@@ -19,6 +19,9 @@ from glm45_jax.rl.trajectory import Trajectory
 from glm45_jax.rl.workers import Job, Workers, seed_of
 from glm45_jax.rollout.sampling import Sampling
 
+# Groups that end within so many polls are committed together: a commit waits for the disk. Not
+# seconds: a run that samples in the loop's thread is the same every time.
+COMMIT_POLLS = 8
 HELD_OUT = "held-out"  # the world of tasks that no ledger knows, and what their keys begin with
 
 
@@ -121,6 +124,8 @@ class Sampler:
         self.prompts, self._rl, self._seed, self._clock = prompts, rl, seed, clock
         self._leases: dict[str, tuple[Lease, dict[int, Trajectory]]] = {}
         self._held_out: dict[tuple[str, int], Trajectory] = {}
+        self._whole: list[tuple[Lease, dict[int, Trajectory]]] = []  # not committed yet
+        self._polls = 0  # since there are any
         self._beat = clock()
 
     def gather(self, batch: int, *, stop: Callable[[], bool] = bool) -> list[Trajectory] | None:
@@ -135,7 +140,7 @@ class Sampler:
             while ready < groups:
                 if not self._leases:
                     raise StarvedError(f"batch {batch}: no prompt waits; {self.pool.counts()}")
-                ended = self._settle(stop)
+                ended = self._settle(stop, groups - ready)
                 if stop():
                     return None
                 ready += ended.count("ready")
@@ -207,15 +212,16 @@ class Sampler:
         sampling = dataclasses.replace(self._rl.sampling, seed=seed, temperature=self.temperature)
         return Job(lease.token, lease.prompt, sample, sampling, lease.begun.get(sample))
 
-    def _settle(self, stop: Callable[[], bool]) -> list[str]:
+    def _settle(self, stop: Callable[[], bool], wanted: int) -> list[str]:
         """What became of the groups that ended now; waits for at least one, or for `stop`."""
-        while not (ended := self._absorb()) and not stop():
+        while not (ended := self._absorb(wanted)) and not stop():
             pass
         return ended
 
-    def _absorb(self) -> list[str]:
-        """What became of the groups whose last sample ended with this poll."""
-        ended: list[str] = []
+    def _absorb(self, wanted: int = 1) -> list[str]:
+        """What became of groups whose last sample has ended: once that many have, or no other is
+        under way, or `COMMIT_POLLS` after the first of them.
+        """
         for job, one in self.workers.poll():
             if job.key.startswith(HELD_OUT):
                 self._held_out[job.name] = one
@@ -228,9 +234,14 @@ class Sampler:
                 self.finished.append(one)
             if len(have) == len(lease.samples):
                 del self._leases[job.key]
-                ended.append(self.pool.commit(lease, have))
+                self._whole.append((lease, have))
         self._heartbeat()
-        return ended
+        self._polls += bool(self._whole)
+        waits = len(self._whole) < wanted and self._leases and self._polls < COMMIT_POLLS
+        if not self._whole or waits:
+            return []
+        whole, self._whole, self._polls = self._whole, [], 0
+        return list(self.pool.commit_all(whole))
 
     def _heartbeat(self) -> None:
         if self._clock() - self._beat < self.pool.rules.lease_s / 4:

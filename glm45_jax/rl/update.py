@@ -32,7 +32,7 @@ from glm45_jax.sharding import MeshShape, Rules
 from glm45_jax.train.loss import LossOut, cross_entropy_sum, mtp_mask, target_nll
 from glm45_jax.train.parallel import Pmap, Trainer, make_trainer
 from glm45_jax.train.state import TrainState
-from glm45_jax.train.step import StepOut, descend, row_by_row, summed
+from glm45_jax.train.step import StepOut, descend, row_by_row, summed, vocabulary_in_float32
 
 LOSSES = ("policy", "kl", "mtp")  # parts that are losses; the others are how the policy stands
 
@@ -66,10 +66,13 @@ class Update:
 
 @struct.dataclass
 class Counts:
-    """Denominators of the global batch: of the policy, and tokens that the MTP layer predicts."""
+    """Denominators of the global batch: of the policy, tokens that the MTP layer predicts, and
+    tokens of fresh rows.
+    """
 
     policy: PolicyCounts
     mtp_tokens: jax.Array
+    fresh_tokens: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +100,12 @@ class Updater:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyWork:
-    """What a trainer is told (`train.parallel.Work`)."""
+    """What a trainer is told (`train.parallel.Work`). most_mismatch: as in `make_updater`."""
 
     cfg: ModelConfig
     optim: Muon | AdamW
     update: Update
+    most_mismatch: float | None = None
 
     def __post_init__(self) -> None:
         if self.update.mtp_weight is not None and not self.cfg.n_mtp:
@@ -114,8 +118,8 @@ class PolicyWork:
 
     @functools.cached_property
     def specs(self) -> Any:
-        """Plan of the weights."""
-        return transformer.specs(self.cfg)
+        """Plan of the weights, in the dtypes that the optimizer keeps them in."""
+        return self.optim.stored(transformer.specs(self.cfg))
 
     @functools.cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -139,6 +143,8 @@ class PolicyWork:
         loss/mtp; policy/clip_fraction, drift_kl, mismatch_kl, dropped (`rl.loss`), rollout_kl and
         rollout_gap (policy against engine: estimate of the KL, mean |difference|), entropy (an
         estimate from the drawn tokens, unbiased while on policy); policy/tokens, sequences: counts.
+        With fresh_B, fresh_kl and fresh_gap: rollout_kl and rollout_gap over the tokens of those
+        rows; where the first is not within `most_mismatch`, the step is not taken (`ok` is False).
         """
         counts = count_all(batch)
         if axis_name is not None:
@@ -150,14 +156,20 @@ class PolicyWork:
                 out = loss(params, micro, counts, cfg=self.cfg, update=self.update)
                 return out.loss, out
 
-            (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
-            return grads, out
+            whole = vocabulary_in_float32(params)
+            (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(whole)
+            # Of bfloat16 weights they are bfloat16: their sum over micro-batches is not.
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), out
 
         grads, out = summed(one, batch, accum)
-        devices = 1
+        devices, loss_of_all = 1, out.loss
         if axis_name is not None:
             grads, out = jax.lax.psum((grads, out), axis_name)
-            devices = jax.lax.axis_size(axis_name)
+            devices, loss_of_all = jax.lax.axis_size(axis_name), out.loss
+        if self.most_mismatch is not None and batch.fresh_B is not None:
+            agree = out.parts["fresh_kl"] <= self.most_mismatch
+            # A loss that is not finite is a step that is not taken.
+            out = out.replace(loss=jnp.where(agree, out.loss, jnp.nan))
         state, stepped = descend(
             state,
             grads,
@@ -169,6 +181,7 @@ class PolicyWork:
             bias_rate=None,
         )
         named = {f"{'loss' if n in LOSSES else 'policy'}/{n}": x for n, x in out.parts.items()}
+        named["loss"] = loss_of_all
         named["policy/tokens"] = counts.policy.tokens
         named["policy/sequences"] = counts.policy.sequences
         return state, stepped.replace(scalars=stepped.scalars | named)
@@ -197,12 +210,16 @@ def make_updater(
     rules: Rules = Rules(),
     devices: Any = None,
     seed: int = 0,
+    most_mismatch: float | None = None,
 ) -> Updater:
     """The updater of a policy on these devices; all of this host by default, weights whole on each.
 
+    most_mismatch: KL of engine to trainer, in nats a token of fresh rows, beyond which a step is
+    not taken.
+
     Raises: ValueError where the mesh does not fit the devices, or the update not the model.
     """
-    work = PolicyWork(cfg, optim, update)
+    work = PolicyWork(cfg, optim, update, most_mismatch)
     trainer = make_trainer(where, work, rules, devices)
 
     def step(state: TrainState, batch: RlBatch) -> tuple[TrainState, StepOut]:
@@ -211,7 +228,7 @@ def make_updater(
 
     def logp(params: Any, batch: RlBatch) -> np.ndarray:
         trainer.check_rows(batch.weight_BT.shape[0] * jax.process_count())
-        batch = batch.replace(old_logp_BT=None, reference_logp_BT=None)
+        batch = batch.replace(old_logp_BT=None, reference_logp_BT=None, fresh_B=None)
         return trainer.logp(params, _admitted(batch, cfg, update))
 
     return Updater(
@@ -219,7 +236,7 @@ def make_updater(
         step=step,
         logp=logp,
         place=trainer.place,
-        params=lambda state: trainer.save_view(state).params,
+        params=lambda state: trainer.save_view(state.replace(opt=())).params,
         trainer=trainer,
         multiple=_multiple(trainer, update),
     )
@@ -320,7 +337,15 @@ def token_logp(
 
 def count_all(batch: RlBatch) -> Counts:
     """Counts of this batch; sum them over devices before use."""
-    return Counts(count(batch), mtp_mask(batch.batch).sum(dtype=jnp.float32))
+    fresh_tokens = _fresh(batch).sum(dtype=jnp.float32)
+    return Counts(count(batch), mtp_mask(batch.batch).sum(dtype=jnp.float32), fresh_tokens)
+
+
+def _fresh(batch: RlBatch) -> jax.Array:
+    """Counted tokens of fresh rows, bool [B, T]."""
+    if batch.fresh_B is None:
+        return jnp.zeros(batch.weight_BT.shape, bool)
+    return (jnp.asarray(batch.weight_BT) > 0) & jnp.asarray(batch.fresh_B)[:, None]
 
 
 def _counts_first(*trees: Any) -> tuple[Any, ...]:
@@ -342,11 +367,16 @@ def _stand(logp_BT: jax.Array, batch: RlBatch, counts: Counts) -> dict[str, jax.
     share_BT = batch.weight_BT / jnp.where(counts.policy.tokens > 0, counts.policy.tokens, 1)
     logp_BT = jnp.where(counted_BT, logp_BT, 0)
     change_BT = logp_BT - jnp.where(counted_BT, batch.logp_BT, 0)
-    return {
+    parts = {
         "rollout_kl": (share_BT * excess(change_BT)).sum(),
         "rollout_gap": (share_BT * jnp.abs(change_BT)).sum(),
         "entropy": -(share_BT * logp_BT).sum(),
     }
+    if batch.fresh_B is not None:
+        fresh_BT = _fresh(batch).astype(jnp.float32) / jnp.maximum(counts.fresh_tokens, 1.0)
+        parts["fresh_kl"] = (fresh_BT * excess(change_BT)).sum()
+        parts["fresh_gap"] = (fresh_BT * jnp.abs(change_BT)).sum()
+    return parts
 
 
 def _admitted(batch: RlBatch, cfg: ModelConfig, update: Update) -> RlBatch:

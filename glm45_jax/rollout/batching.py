@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from glm45_jax.rollout.pages import Pages, Prefix, Prefixes, names_of
@@ -62,6 +63,7 @@ class Batcher:
         self._expiring: list[tuple[float, int, Request]] = []  # heap
         self._stats = Stats(version=version)
         self._queued = 0
+        self._drawn: list[tuple[Request, Step]] = []  # first tokens of this step, not read yet
         self._pending: tuple[Any, int] | None = None  # weights that wait for what has begun
         self.times = Times()
         self.unfinished: dict[int, Request] = {}
@@ -102,6 +104,7 @@ class Batcher:
         self._settle()
         if not self.closed:
             self._admit()
+            self._read_first_tokens()
         if not self.paused:
             self._decode()
         self._settle()
@@ -171,6 +174,7 @@ class Batcher:
 
     def flush(self) -> None:
         """None; every page is free, running requests wait again."""
+        self._drawn = []
         for request in self._running():
             self._preempt(request)
         self._prefixes.drop_all()
@@ -333,11 +337,25 @@ class Batcher:
             copy=copy,
         )
         request.take(prefix, page)
-        if not request.out:
-            request.first = self._clock()
-            self.times.first_token_seconds.observe(request.first - request.arrived)
-        self._append(request, step, 0)
+        self._drawn.append((request, step))
         return True
+
+    def _read_first_tokens(self) -> None:
+        """None; requests that took a slot in this step have the tokens that were drawn for them,
+        which come from the device all at once.
+        """
+        drawn, self._drawn = self._drawn, []
+        try:
+            steps = jax.device_get([step for _, step in drawn])
+        except ENGINE_ERRORS as error:
+            self._fail([request for request, _ in drawn], error)
+            return
+        for (request, _), step in zip(drawn, steps, strict=True):
+            if request.status == "running":  # an older one may have failed with all pages
+                if not request.out:
+                    request.first = self._clock()
+                    self.times.first_token_seconds.observe(request.first - request.arrived)
+                self._append(request, step, 0)
 
     def _seat(self, request: Request, pages: list[int]) -> None:
         slot = self._slots.index(None)

@@ -196,14 +196,15 @@ class GlmEngine:
         sampling: Sampling,
         copy: tuple[int, int] | None = None,
     ) -> tuple[EngineState, Step]:
-        """A row of `length` tokens takes a slot and draws token `index` of its output."""
+        """A row of `length` tokens takes a slot and draws token `index` of its output, which is on
+        its way: rows that are seated one after another are not waited for one by one.
+        """
         if copy is not None:
             state = copy_page(state, *(np.int32(page) for page in copy))
         numbers = (np.int32(n) for n in (slot, length, index))
         asked = knobs([sampling])
         given = prefilled.replace(routes_TLA=None)  # whose length would be compiled for
-        state, step = insert(state, given, asked, *numbers, top=self.top_logprobs)
-        return state, jax.device_get(step)
+        return insert(state, given, asked, *numbers, top=self.top_logprobs)
 
     def decode(
         self, params: Params, state: EngineState, table_BP: np.ndarray, active_B: np.ndarray

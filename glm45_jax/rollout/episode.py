@@ -143,6 +143,7 @@ class Talk:
 
     sampling: max_tokens is of all that the policy writes, over all turns; the format says where a
     turn stops. room: tokens that a row may hold. begun: an aborted episode of this task, to go on.
+    prompt: ids of the first prompt, where they are known.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Talk:
         *,
         room: int,
         begun: Episode | None = None,
+        prompt: Sequence[int] | None = None,
     ) -> None:
         self.env, self.task, self.format, self.room = env, task, format, room
         self._sampling = dataclasses.replace(sampling, stop=format.tokenizer.stop_ids)
@@ -163,7 +165,7 @@ class Talk:
         self._routes: list[np.ndarray] = []
         if begun is None:
             self.messages = list(task.messages)
-            self.tokens = format.prompt(env, self.messages)
+            self.tokens = list(format.prompt(env, self.messages) if prompt is None else prompt)
             self._sampled = [False] * len(self.tokens)
             self._logp = [0.0] * len(self.tokens)
             self._versions = [-1] * len(self.tokens)
@@ -323,6 +325,7 @@ class Episodes:
         self._asked: dict[Hashable, tuple[Talk, Any]] = {}
         self._judging: dict[Hashable, tuple[Talk, concurrent.futures.Future[Reaction]]] = {}
         self._ended: list[tuple[Hashable, Episode]] = []
+        self._last: tuple[Env, tuple[Message, ...], list[int]] | None = None
 
     @property
     def running(self) -> int:
@@ -346,8 +349,16 @@ class Episodes:
         if key in self._asked or key in self._judging:
             raise ValueError(f"episode {key} is under way; give each a key of its own")
         room = self.driver.engine.max_tokens
-        talk = Talk(env, task, self._format, sampling, room=room, begun=begun)
+        prompt = self._prompt(env, task) if begun is None else None
+        talk = Talk(env, task, self._format, sampling, room=room, begun=begun, prompt=prompt)
         self._go_on(key, talk)
+
+    def _prompt(self, env: Env, task: Task) -> list[int]:
+        """Ids of the first prompt. Samples of a group start one after another: it is made once."""
+        messages = tuple(task.messages)
+        if self._last is None or self._last[0] is not env or self._last[1] != messages:
+            self._last = env, messages, self._format.prompt(env, list(messages))
+        return self._last[2]
 
     def tick(self) -> list[tuple[Hashable, Episode]]:
         """The episodes that ended, after one step of the driver."""

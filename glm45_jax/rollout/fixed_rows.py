@@ -104,7 +104,7 @@ class FixedRows:
         )
         slots.seated += 1
         row.ended = False
-        self._take(row, step, 0)
+        self._take(row, jax.device_get(step), 0)
         return slots
 
     def generate(self, params: Params, slots: Slots) -> tuple[Slots, np.ndarray]:

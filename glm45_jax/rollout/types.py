@@ -196,7 +196,7 @@ class SlotEngine(Protocol):
         copy: tuple[int, int] | None,
     ) -> tuple[Any, Step]:
         """A row of `length` tokens takes a slot and draws token `index` of its output (a step whose
-        B is 1). copy: (from, to), a page to copy first.
+        B is 1, and which may still be on the device). copy: (from, to), a page to copy first.
         """
 
     def decode(

@@ -77,23 +77,24 @@ def prepare(params: Any, version: int, *, cfg: ModelConfig, fp8: bool = False) -
     owned: list[jax.Array] = []
     for name, leaf in leaves.items():
         kept = name.split(".")[-1] in EXACT or leaf.dtype == dtype
-        served = leaf if kept else _cast(leaf, dtype)
-        if not _finite(served):
+        owned.append(leaf if kept else _cast(leaf, dtype))
+    for at, finite in enumerate(_of_each(_finite, owned)):
+        if not finite:
+            name, was = names[at], owned[at]
             owned.clear()
             raise ValueError(
-                f"{name} {list(leaf.shape)} of version {version} has entries that are not finite "
-                f"in {served.dtype}; the old weights go on. Look at the last update of the trainer"
+                f"{name} {list(was.shape)} of version {version} has entries that are not finite "
+                f"in {was.dtype}; the old weights go on. Look at the last update of the trainer"
             )
-        owned.append(served)
     tree = jax.tree.unflatten(jax.tree.structure(params), owned)
     if fp8:
         tree = quantize(tree, cfg)
         names = [params_lib.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    del owned, served
+    del owned
     theirs = {id(leaf) for leaf in jax.tree.leaves(params)}
     made, structure = jax.tree.flatten(tree)
     made = [_copy(leaf) if id(leaf) in theirs else leaf for leaf in made]
-    return Parcel(version, structure, made, names, [checksum(leaf) for leaf in made])
+    return Parcel(version, structure, made, names, _checksums(made))
 
 
 def stage(
@@ -116,17 +117,18 @@ def stage(
         targets = jax.tree.leaves(jax.tree.broadcast(to, params))
     del params
     left, parcel.leaves = parcel.leaves, []
+    sent = [[leaf.shape, leaf.dtype, total] for leaf, total in zip(left, parcel.sums, strict=True)]
     arrived: list[jax.Array] = []
-    for name, target, total in zip(parcel.names, targets, parcel.sums, strict=True):
-        sent = [left[0].shape, left[0].dtype, total]
+    for target in targets:
         arrived.append(put(left.pop(0), target))
-        came = [arrived[-1].shape, arrived[-1].dtype, checksum(arrived[-1])]
-        if came != sent:
-            left.clear()
+    sums = _checksums(arrived)
+    came = [[leaf.shape, leaf.dtype, total] for leaf, total in zip(arrived, sums, strict=True)]
+    for name, one, other in zip(parcel.names, sent, came, strict=True):
+        if one != other:
             arrived.clear()
             raise RuntimeError(
-                f"{name} of version {parcel.version} came as {_said(came)}, it was sent as "
-                f"{_said(sent)}; the old weights go on. Push again"
+                f"{name} of version {parcel.version} came as {_said(other)}, it was sent as "
+                f"{_said(one)}; the old weights go on. Push again"
             )
     return dataclasses.replace(parcel, leaves=arrived, staged=True)
 
@@ -190,11 +192,31 @@ def checksum(leaf: jax.Array) -> int:
     """Of the bits and places of an array, made on its devices: the sum, modulo 2**32, of its words
     times odd numbers that hang on their index. How it is sharded does not matter.
     """
-    return int(_checksum(leaf))
+    return _checksums([leaf])[0]
+
+
+def _checksums(leaves: list[jax.Array]) -> list[int]:
+    """`checksum` of each."""
+    return [int(total) for total in _of_each(_checksum, leaves)]
+
+
+def _of_each(program: Callable[[list[jax.Array]], list[jax.Array]], leaves: list[jax.Array]) -> Any:
+    """A number of every leaf, on the host; leaves on the same devices are one dispatch."""
+    places: dict[Any, list[int]] = {}
+    for at, leaf in enumerate(leaves):
+        places.setdefault(frozenset(leaf.sharding.device_set), []).append(at)
+    found: dict[int, jax.Array] = {}
+    for group in places.values():
+        found |= zip(group, program([leaves[at] for at in group]), strict=True)
+    return jax.device_get([found[at] for at in range(len(leaves))])
 
 
 @jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
+def _checksum(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_sum_of_words(leaf) for leaf in leaves]
+
+
+def _sum_of_words(x: jax.Array) -> jax.Array:
     kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
     words = jax.lax.bitcast_convert_type(x, kinds[x.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.zeros(x.shape, jnp.uint32)
@@ -211,8 +233,8 @@ def _cast(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 @jax.jit
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
+def _finite(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]
 
 
 @jax.jit

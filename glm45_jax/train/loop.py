@@ -198,7 +198,8 @@ class _Seen:
         """None; hooks have run, and the numbers of the step are handed over where it is their turn
         (a step left out is always shown).
         """
-        scalars = {**self.facts, **read.scalars, **self.clock.rates(tokens, self.utilisation)}
+        rates = self.clock.rates(tokens, self.utilisation)
+        scalars = {**self.facts, "batch_tokens": float(tokens), **read.scalars, **rates}
         hooked: dict[str, float] = {}
         for hook in self.hooks:
             if hook.due(step):

@@ -25,6 +25,7 @@ from glm45_jax.data.types import Batch
 from glm45_jax.model import transformer
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.sharding import MeshShape, Rules
+from glm45_jax.train.ahead import Programs
 from glm45_jax.train.loss import count, cross_entropy_sum, target_nll, trunk
 from glm45_jax.train.state import Train, TrainState, init_state, state_of
 from glm45_jax.train.step import StepOut, row_by_row, train_step
@@ -58,6 +59,8 @@ class Trainer:
     step: Callable[[TrainState, Any], tuple[TrainState, StepOut]]
     nll: Callable[[TrainState, Any], tuple[float, float]]
     logp: Callable[[Any, Any], np.ndarray]
+    compile_step: Callable[[Any], float]
+    compile_nll: Callable[[Any], float]
     save_view: Callable[[TrainState], TrainState]
     load_view: Callable[[TrainState], TrainState]
     check_rows: Callable[[int], None]
@@ -172,12 +175,7 @@ def _mesh_trainer(where: MeshShape, recipe: Work, rules: Rules, devices: Any) ->
     shapes = jax.eval_shape(init, jax.random.key(0))
     layout = state_shardings(shapes, recipe.specs, mesh, rules)
 
-    def placed(f):
-        def call(*args, **kwargs):
-            with sharding.use(mesh, rules):
-                return f(*args, **kwargs)
-
-        return call
+    placed = functools.partial(_under, mesh=mesh, rules=rules)
 
     @functools.partial(
         jax.jit, static_argnames="accum", donate_argnums=0, out_shardings=(layout, replicated)
@@ -206,40 +204,40 @@ def _mesh_trainer(where: MeshShape, recipe: Work, rules: Rules, devices: Any) ->
 
     abstract = jax.tree.map(_placed, shapes, layout)
 
-    def lower(batch: Any) -> jax.stages.Lowered:
-        batch = sharding.placed_shapes(batch, mesh, rules)
-        return step.lower(abstract, batch, accum=recipe.accum(_rows(batch)))
+    laid = functools.partial(sharding.placed_shapes, mesh=mesh, rules=rules)
+    steps = Programs(
+        lambda state, batch: step(state, batch, accum=recipe.accum(_rows(batch))),
+        lambda batch: step.lower(abstract, laid(batch), accum=recipe.accum(_rows(batch))),
+    )
+    nlls = Programs(nll, lambda batch: nll.lower(abstract.params, laid(batch)))
 
     return Trainer(
         init=jax.jit(init, out_shardings=layout),
         begin=lambda params, key: begin(place(params), key),
         place=place,
-        step=lambda state, batch: step(state, put(batch), accum=recipe.accum(_rows(batch) * hosts)),
-        nll=lambda state, batch: _floats(nll(state.params, put(batch))),
+        step=lambda state, batch: steps(state, put(batch)),
+        nll=lambda state, batch: _floats(nlls(state.params, put(batch))),
         logp=take_logp,
+        compile_step=lambda batch: steps.compile(_of_all_hosts(batch, hosts)),
+        compile_nll=lambda batch: nlls.compile(_of_all_hosts(batch, hosts)),
         save_view=lambda state: state,
         load_view=lambda state: state.replace(params=kept(state.params)),
         check_rows=functools.partial(sharding.check_batch, sizes=mesh.shape, rules=rules),
         abstract=abstract,
-        lower=lower,
+        lower=steps.lower,
         n_devices=mesh.size,
         row_parts=sharding.ways(rules.batch, mesh.shape),
     )
 
 
 def _pmap_trainer(where: Pmap, recipe: Work, devices: Any) -> Trainer:
-    local = list(jax.local_devices() if devices is None else devices)
-    if where.devices > len(local):
-        raise ValueError(
-            f"pmap over {where.devices} devices, but this host has {len(local)}; use -1 for all"
-        )
-    used = local if where.devices == -1 else local[: where.devices]
-    n, total = len(used), len(used) * jax.process_count()
+    used = _devices_of(where, list(jax.local_devices() if devices is None else devices))
+    n, hosts = len(used), jax.process_count()
     init = functools.partial(init_state, recipe.specs, recipe.tx)
     # The axis name is part of where pmap's arrays lie: with another name the second step compiles
     # again.
     on_each = functools.partial(jax.pmap, axis_name=PMAP_AXIS, devices=used)
-    copies = on_each(lambda tree, _: tree, in_axes=(None, 0))
+    spread = functools.partial(on_each(lambda _, tree: tree, in_axes=(0, None)), np.zeros(n))
     step = on_each(
         lambda state, batch, accum: recipe.step(state, batch, accum=accum, axis_name=PMAP_AXIS),
         donate_argnums=0,
@@ -253,39 +251,44 @@ def _pmap_trainer(where: Pmap, recipe: Work, devices: Any) -> Trainer:
     shapes = jax.eval_shape(init, jax.random.key(0))
     kept = functools.partial(_kept, like=shapes.params)
     begin = jax.jit(lambda params, key: state_of(recipe.tx, kept(params), key))
-    hosts, first = jax.process_count(), SingleDeviceSharding(used[0])
+    first, split = SingleDeviceSharding(used[0]), functools.partial(_split, parts=n)
 
-    def split(batch: Any) -> Any:
-        return jax.tree.map(lambda x: np.asarray(x).reshape(n, -1, *x.shape[1:]), batch)
+    def accum(parts: Any) -> int:  # of leaves [n, rows of a device, ...]
+        return recipe.accum(n * hosts * jax.tree.leaves(parts)[0].shape[1])
 
-    def spread(tree: Any) -> Any:
-        return copies(tree, np.zeros(n))
+    held = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), shapes)
+    steps = Programs(
+        lambda state, parts: step(state, parts, accum(parts)),
+        lambda parts: step.lower(held, parts, accum(parts)),
+    )
+    nlls = Programs(nll, lambda parts: nll.lower(held.params, parts))
 
     def take_step(state: TrainState, batch: Any):
-        state, out = step(state, split(batch), recipe.accum(_rows(batch) * hosts))
+        state, out = steps(state, split(batch))
         return state, _first_copy(out)
 
     def take_logp(params: Any, batch: Any) -> np.ndarray:
         out_nbT = logp(params, split(batch), recipe.accum(_rows(batch) * hosts))
         return np.asarray(out_nbT).reshape(-1, *out_nbT.shape[2:])
 
-    def check_rows(rows: int) -> None:
-        sharding.check_divides(rows, total, "pmap devices", "mesh=Pmap(devices=...)")
-
     return Trainer(
         init=lambda key: spread(jax.jit(init)(key)),
         begin=lambda params, key: spread(begin(jax.device_put(params, first), key)),
         place=lambda params: spread(kept(jax.device_put(params, first))),
         step=take_step,
-        nll=lambda state, batch: _floats(_first_copy(nll(state.params, split(batch)))),
+        nll=lambda state, batch: _floats(_first_copy(nlls(state.params, split(batch)))),
         logp=take_logp,
+        compile_step=lambda batch: steps.compile(_split_shapes(batch, n)),
+        compile_nll=lambda batch: nlls.compile(_split_shapes(batch, n)),
         save_view=_first_copy,
         load_view=lambda state: spread(state.replace(params=kept(state.params))),
-        check_rows=check_rows,
+        check_rows=lambda rows: sharding.check_divides(
+            rows, n * hosts, "pmap devices", "mesh=Pmap(devices=...)"
+        ),
         abstract=jax.tree.map(lambda x: _placed(x, first), shapes),
         lower=_refuse_pmap,
-        n_devices=total,
-        row_parts=total,
+        n_devices=n * hosts,
+        row_parts=n * hosts,
     )
 
 
@@ -301,6 +304,37 @@ def state_shardings(shapes: TrainState, specs: Any, mesh: Any, rules: Rules) -> 
     return jax.tree.map(one, shapes, params_lib.owners(specs, shapes))
 
 
+def _under(f: Callable[..., Any], mesh: Any, rules: Rules) -> Callable[..., Any]:
+    """The function, traced where code sees this mesh and these rules."""
+
+    def call(*args, **kwargs):
+        with sharding.use(mesh, rules):
+            return f(*args, **kwargs)
+
+    return call
+
+
+def _devices_of(where: Pmap, local: list[Any]) -> list[Any]:
+    """Those of this host that a pmap computes on."""
+    if where.devices > len(local):
+        raise ValueError(
+            f"pmap over {where.devices} devices, but this host has {len(local)}; use -1 for all"
+        )
+    return local if where.devices == -1 else local[: where.devices]
+
+
+def _split(batch: Any, parts: int) -> Any:
+    """Leaves [parts, B / parts, ...] of leaves [B, ...]."""
+    return jax.tree.map(lambda x: np.asarray(x).reshape(parts, -1, *x.shape[1:]), batch)
+
+
+def _split_shapes(batch: Any, parts: int) -> Any:
+    """The same of shapes."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((parts, x.shape[0] // parts, *x.shape[1:]), x.dtype), batch
+    )
+
+
 def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
@@ -311,6 +345,13 @@ def _refuse_pmap(_: Any) -> Any:
 
 def _rows(batch: Any) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
+
+
+def _of_all_hosts(batch: Any, hosts: int) -> Any:
+    """Shapes of the global batch of which each host has this part."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((x.shape[0] * hosts, *x.shape[1:]), x.dtype), batch
+    )
 
 
 def _kept(params: Any, like: Any) -> Any:
@@ -329,7 +370,13 @@ def _first_copy(tree: Any) -> Any:
     devices, with a collective for each leaf, and on a busy CPU such programs wait for each other
     until XLA aborts.
     """
-    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
+    return _without_first_axis(jax.tree.map(lambda x: x.addressable_data(0), tree))
+
+
+@jax.jit
+def _without_first_axis(tree: Any) -> Any:
+    """One program for the whole tree: a slice of each leaf by itself is a dispatch each."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def _floats(pair: tuple[jax.Array, jax.Array]) -> tuple[float, float]:

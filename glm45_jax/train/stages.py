@@ -50,6 +50,16 @@ class Stage:
         if not self.mixture or min(weight for _, weight in self.mixture) <= 0:
             raise ValueError(f"stage {self.name}: mixture {self.mixture}; weights are above 0")
 
+    @property
+    def facts(self) -> dict[str, float]:
+        """What the metrics of its steps say of it."""
+        return {
+            "seq_len": float(self.seq_len),
+            "rope_theta": self.rope_theta,
+            "bias_rate": self.bias_rate,
+            "mtp_weight": self.mtp_weight,
+        }
+
     @functools.cached_property
     def ramp(self) -> BatchRamp:
         """Rows of each step, counted from the start of the stage."""

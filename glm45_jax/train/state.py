@@ -40,6 +40,8 @@ class Train:
     batch). save_every 0: only at the end. guard: which steps are left out. hung_after_s: ends the
     process where no step finishes for so many seconds (`train.watchdog`); 0 waits for ever.
     profile: steps, from 1, of which the first host writes a trace (`train.profile`).
+    compile_ahead: threads that compile the steps of later batch sizes and stages while earlier ones
+    train (`train.ahead`); 0 compiles each where it is first taken.
     Source: spec 5.2; the three switches at 15T tokens are `Steps` values.
     """
 
@@ -60,6 +62,7 @@ class Train:
     guard: Guard = Guard()
     hung_after_s: float = 0.0
     profile: tuple[int, ...] = ()
+    compile_ahead: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rows < 1:
@@ -68,6 +71,8 @@ class Train:
             raise ValueError(f"start_rows {self.start_rows} is not between 1 and rows {self.rows}")
         if self.hung_after_s < 0:
             raise ValueError(f"hung_after_s {self.hung_after_s} is negative; 0 waits for ever")
+        if self.compile_ahead < 0:
+            raise ValueError(f"compile_ahead {self.compile_ahead} is negative; 0 is without")
         if min(self.profile, default=1) < 1:
             raise ValueError(f"profile {self.profile}: steps are counted from 1")
 

@@ -163,12 +163,25 @@ def gradients(
             out = loss(params, micro, denominators, weights, cfg=cfg, packed=packed)
             return out.loss, out
 
-        (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(params)
+        whole = vocabulary_in_float32(params)
+        (_, out), grads = jax.value_and_grad(scalar, has_aux=True)(whole)
         # Of bfloat16 weights they are bfloat16: a sum over parts in it would lose the small ones.
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         return grads, out.replace(tokens=count(micro).tokens)
 
     return _global(summed(one, batch, accum), axis_name)
+
+
+def vocabulary_in_float32(params: Params) -> Params:
+    """The same weights, embedding and head in float32 where they are kept in bfloat16; they lie
+    where they lay.
+
+    Their gradients come from two places each, trunk and MTP. In float32 XLA scatters them; summed
+    in bfloat16, each micro-batch's are whole on every device (docs/log.md). Not so of the blocks: a
+    copy of all layers would stand before their loop.
+    """
+    embed_VD, head_DV = (x.astype(jnp.float32) for x in (params.embed_VD, params.head_DV))
+    return params.replace(embed_VD=embed_VD, head_DV=head_DV)
 
 
 def summed(one: Callable[[Any], Any], batch: Any, accum: int) -> Any:

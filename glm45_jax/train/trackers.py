@@ -33,6 +33,28 @@ class TensorBoard:
 
 
 @dataclasses.dataclass(frozen=True)
+class Untracked:
+    """Nowhere: `metrics.jsonl` alone has the numbers."""
+
+    def check(self) -> None:
+        """None; it needs nothing."""
+
+    def open(self, exp: Any, workdir: pathlib.Path, step: int) -> metrics.Writer:
+        """A writer that writes nothing."""
+        return _NoWriter()
+
+
+class _NoWriter:
+    def write(
+        self, step: int, scalars: Mapping[str, float], arrays: Mapping[str, np.ndarray]
+    ) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclasses.dataclass(frozen=True)
 class Wandb:
     """A run of Weights & Biases, named as the experiment; a resumed run goes on in it.
 

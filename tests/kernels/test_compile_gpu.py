@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from glm45_jax.kernels.shapes import ATTENTION, DECODE, GROUPED, ROUTING
+from glm45_jax.kernels.shapes import ATTENTION, DECODE, GROUPED, NEWTON_SCHULZ, ROUTING
 from glm45_jax.plan import targets
 from tests.kernels import ahead
 
@@ -29,8 +29,9 @@ NAMES = sorted(
     [f"attention {name}" for name in large(ATTENTION)]
     + [f"decode {name}" for name in large(DECODE)]
     + [f"{op} {name}" for name in large(GROUPED) for op in ("grouped", "grouped fp8")]
-    + [f"{op} {name}" for name in large(ROUTING) for op in ("route", "rows")]
+    + [f"{op} {name}" for name in large(ROUTING) for op in ("route", "rows", "copies")]
     + [f"fp8 {name}" for name in WIDE]
+    + [f"newton_schulz {name}" for name in large(NEWTON_SCHULZ)]
 )
 
 
@@ -54,6 +55,7 @@ def main() -> None:
     from glm45_jax.kernels.fp8 import to_fp8
     from glm45_jax.kernels.fp8_matmul import fp8_matmul, grouped_matmul_fp8
     from glm45_jax.kernels.grouped_matmul import grouped_matmul
+    from glm45_jax.kernels.newton_schulz import newton_schulz
 
     devices = targets.topology(targets.parse(TARGET)).devices
     mesh = sharding.make_mesh(sharding.MeshShape(), devices[:1])
@@ -108,9 +110,21 @@ def main() -> None:
         R = s.M * s.A
         run = functools.partial(routing_gpu.take_rows, dtype=half)
         report(f"rows {name}", run, of((s.M, 4096), whole), of((R,), i32), of((R,), whole))
+        run = lambda x, gate, order: both_ways(  # noqa: E731
+            lambda x, gate: routing.combine(
+                routing.permute(x, order, impl="mosaic"), gate, order, impl="mosaic"
+            ),
+            x,
+            gate,
+        )
+        width = 5120 if name == "glm45" else 4096
+        report(f"copies {name}", run, of((s.M, width), half), of((s.M, s.A), whole), of((R,), i32))
     for name, (M, I, O) in WIDE.items():
         run = functools.partial(fp8_matmul, impl="mosaic")
         report(f"fp8 {name}", run, of((M, I), half), quantized((I, O)))
+    for name, s in large(NEWTON_SCHULZ).items():
+        run = functools.partial(newton_schulz, impl="mosaic")
+        report(f"newton_schulz {name}", run, of((s.B, s.m, s.n), half))
 
 
 if __name__ == "__main__":

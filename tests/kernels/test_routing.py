@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.bench.kernels_routing import difference
 from glm45_jax.kernels import routing as op
 from glm45_jax.kernels import routing_tpu as tpu
 from glm45_jax.kernels.shapes import ROUTING
@@ -184,3 +185,22 @@ def test_hand_written_backward_passes_equal_those_of_plain_indexing():
         jax.grad(ours, (0, 1))(x, r.gate_MA), jax.grad(plain, (0, 1))(x, r.gate_MA), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_the_bench_says_which_part_of_a_routing_differs():
+    logits = jnp.asarray([[3.0, 2.0, 2.0, -1.0], [0.0, 1.0, 2.0, 3.0]])
+    r = op.route(logits, jnp.zeros(4), top_k=2)
+    swapped = r.expert_MA.at[0, 1].set(2)  # a tie
+    other = r.expert_MA.at[0, 1].set(3)
+
+    def said(**changed):
+        found = difference(r.replace(**changed), r, jax.nn.sigmoid(logits))
+        return {name: value for name, value in found.items() if value}
+
+    assert said() == {"same": True}
+    assert said(gate_MA=r.gate_MA + 2e-7) == {"gates": pytest.approx(2e-7, rel=0.2), "same": True}
+    assert said(gate_MA=r.gate_MA + 1e-3) == {"gates": pytest.approx(1e-3, rel=0.01)}
+    assert said(expert_MA=swapped) == {"chosen": 1, "same": True}
+    assert said(expert_MA=other) == {"chosen": 1, "wrong": 1}
+    assert said(order_R=r.order_R[::-1]) == {"order": 4}
+    assert said(rows_E=r.rows_E + 1) == {"counts": 4}

@@ -1,6 +1,8 @@
-"""The choice of experts and the taking of rows on Hopper equal XLA's, bit for bit: here in an
-interpreter, on a GPU by `make gpu`.
+"""The choice of experts, and rows put in their places and taken from them on Hopper, equal XLA's:
+here in an interpreter, on a GPU by `make gpu`.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -60,17 +62,104 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch):
         routing_gpu.take_rows(jnp.zeros((4, 1024), jnp.bfloat16), rows, interpret=True)
 
 
+SMALL = [(s.M, s.A) for s in ROUTING.values() if s.small] + [(5, 8)]  # of tokens, of their experts
+
+
+def drawn(M, A, D, dtype):
+    """Rows of tokens, outputs in expert order, gates, and the order."""
+    keys = jax.random.split(jax.random.key(M), 4)
+    x = jax.random.normal(keys[0], (M, D), dtype)
+    y = jax.random.normal(keys[1], (M * A, D), dtype)
+    gates = jax.random.uniform(keys[2], (M, A))
+    return x, y, gates, jax.random.permutation(keys[3], M * A).astype(jnp.int32)
+
+
+def pulled(run, *args):
+    """What it gives, and the gradients of all but the order, from the gradient of that, jitted."""
+
+    def both(cotangent, *args):
+        out, pull = jax.vjp(lambda *some: run(*some, args[-1]), *args[:-1])
+        return out, *pull(cotangent)
+
+    # An argument: drawn inside, XLA may keep more digits of it than its dtype has.
+    like = jax.eval_shape(run, *args)
+    cotangent = jax.random.normal(jax.random.key(9), like.shape, like.dtype)
+    return jax.jit(both)(cotangent, *args)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("M, A", SMALL)
+def test_rows_copied_to_their_places_are_those_gathered_and_so_are_gradients(M, A, dtype):
+    x, _, _, order = drawn(M, A, 128, dtype)
+    ours = pulled(lambda x, order: routing.copied(x, order, True), x, order)
+    right = pulled(functools.partial(routing.permute, impl="reference"), x, order)
+    for a, b in zip(ours, right, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("M, A", SMALL)
+def test_the_backward_of_combine_in_one_pass_is_that_of_two(M, A, dtype):
+    _, y, gates, order = drawn(M, A, 256, dtype)
+
+    def rounded(run):  # the gradient then has no more digits than y
+        return lambda *args: run(*args).astype(dtype)
+
+    ours = pulled(rounded(lambda *args: routing.put_back(*args, True)), y, gates, order)
+    right = pulled(rounded(functools.partial(routing.combine, impl="reference")), y, gates, order)
+    for a, b in zip(ours[:2], right[:2], strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(ours[2], right[2], atol=1e-4)  # sums of 256 float32
+
+
+@pytest.mark.parametrize("block, at_once", [(1, 1), (2, 3), (8, 8)])
+def test_no_size_of_blocks_changes_the_rows_put(block, at_once):
+    x, y, gates, order = drawn(5, 3, 128, jnp.bfloat16)
+    place = routing.inverse(order).reshape(5, 3)
+    how = dict(tokens=routing_gpu.Tokens(block, at_once), interpret=True)
+    wide = x.astype(jnp.float32)
+    put, dots = routing_gpu.put_rows(wide, place, gates, y, dtype=jnp.bfloat16, **how)
+    want = (wide[:, None] * gates[:, :, None]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(put[place], want)
+    exact = jnp.einsum("md,mad->ma", wide, y[place].astype(jnp.float32))
+    np.testing.assert_allclose(dots, exact, atol=1e-4)
+    for ours in (routing_gpu.copy_rows(x, place, **how), routing_gpu.put_rows(x, place, **how)[0]):
+        np.testing.assert_array_equal(ours, x[order // 3])
+
+
+def test_copies_by_name_follow_the_routing_and_say_why_they_cannot_run(monkeypatch):
+    x, y, gates, order = drawn(4, 2, 96, jnp.float32)
+    monkeypatch.setattr(routing_gpu, "not_hopper", lambda: None)
+    for run in (
+        lambda: routing.permute(x, order, impl="mosaic"),
+        lambda: routing.combine(y, gates, order, impl="mosaic"),
+    ):
+        with pytest.raises(ValueError, match="rows of 96 are not a multiple of 128"):
+            run()
+    logits, bias = jnp.zeros((4, 8)), jnp.zeros(8)
+
+    def copies(impl):
+        asked = functools.partial(routing.route, top_k=2, impl=impl)
+        return jax.eval_shape(asked, logits, bias).copies
+
+    assert [copies(impl) for impl in ("auto", "counting", "mosaic")] == ["auto", "auto", "mosaic"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["tiny", "air", "glm45"])
 def test_the_kernel_routes_as_the_reference_does_on_a_gpu(name):
     shape = ROUTING[name]
     logits = jax.random.normal(jax.random.key(0), (shape.M, shape.E))
     bias = jax.random.normal(jax.random.key(1), (shape.E,)) / 8
+    # Jitted alike, for XLA's sigmoid may round otherwise alone than fused.
     ours, right = (
-        routing.route(logits, bias, top_k=shape.A, impl=impl) for impl in ("mosaic", "reference")
+        jax.jit(functools.partial(routing.route, top_k=shape.A, impl=impl))(logits, bias)
+        for impl in ("mosaic", "reference")
     )
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(right), strict=True):
-        np.testing.assert_array_equal(a, b)
+    for field in ("expert_MA", "order_R", "rows_E"):
+        np.testing.assert_array_equal(getattr(ours, field), getattr(right, field), err_msg=field)
+    # XLA sums a token's gates in another order where the kernel gives them by columns.
+    np.testing.assert_allclose(ours.gate_MA, right.gate_MA, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -79,3 +168,25 @@ def test_rows_are_taken_by_number_on_a_gpu(D):
     x = jax.random.normal(jax.random.key(0), (300, D), jnp.bfloat16)
     rows = jax.random.randint(jax.random.key(1), (4099,), 0, 300)
     np.testing.assert_array_equal(routing_gpu.take_rows(x, rows), x[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M, A, D", [(515, 8, 4096), (131, 8, 5120), (333, 6, 2048), (7, 1, 512)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("op", [routing.permute, routing.combine])
+def test_rows_by_name_equal_those_by_xla_on_a_gpu_three_times(op, M, A, D, dtype):
+    x, y, gates, order = drawn(M, A, D, dtype)
+    args = (x, order) if op is routing.permute else (y, gates, order)
+
+    def run(impl):
+        return pulled(lambda *some: op(*some, impl=impl).astype(dtype), *args)
+
+    right, first = run("reference"), run("mosaic")
+    for a, b in zip(first[:2], right[:2], strict=True):  # sums of A numbers, in any order
+        step = 16 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(*(v.astype(jnp.float32) for v in (a, b)), rtol=step, atol=step)
+    if op is routing.combine:  # sums of D float32 numbers of size 1
+        np.testing.assert_allclose(first[2], right[2], atol=2e-5 * D)
+    for _ in range(2):
+        for a, b in zip(run("mosaic"), first, strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -226,7 +226,7 @@ def test_what_cannot_be_split_is_refused_with_the_way_out():
         trace(lambda _: context_parallel.spread_rows(whole, whole, whole, impl="mosaic"))((2, 32))
 
 
-def test_rows_that_cross_hosts_are_refused_on_the_way_in():
+def test_hosts_among_which_the_devices_of_a_row_are_count_by_the_mesh():
     class Device:
         def __init__(self, host):
             self.process_index = host
@@ -240,9 +240,8 @@ def test_rows_that_cross_hosts_are_refused_on_the_way_in():
             )
             self.devices = np.array([Device(n // 4) for n in range(8)]).reshape(sizes)
 
-    sharding._check_whole_rows(TwoHosts(), Rules())
-    with pytest.raises(ValueError, match=r"over 2 devices .*'fsdp'.* of 2 hosts.* whole rows"):
-        sharding._check_whole_rows(TwoHosts(), Rules(batch=("data",), seq=("fsdp",)))
+    assert sharding._hosts_of_a_row(TwoHosts(), Rules()) == 1
+    assert sharding._hosts_of_a_row(TwoHosts(), Rules(batch=("data",), seq=("fsdp",))) == 2
 
 
 def test_flat_tokens_stay_where_they_are_and_come_back():

@@ -96,20 +96,20 @@ def experiment(folder, *, steps=3, save_every=0, rl=RL, **changes):
 
 
 @functools.cache
-def updater_of(model, optim, update, mesh):
+def updater_of(model, optim, update, mesh, most_mismatch):
     """One updater for all runs that differ in nothing else: each compiles its own step."""
-    return make_updater(model, optim, update, where=mesh)
+    return make_updater(model, optim, update, where=mesh, most_mismatch=most_mismatch)
 
 
 def first_weights(exp):
-    updater = updater_of(exp.model, exp.optim, exp.rl.update, exp.mesh)
+    updater = updater_of(exp.model, exp.optim, exp.rl.update, exp.mesh, exp.rl.most_mismatch)
     state = updater.trainer.init(jax.random.key(exp.seed))
     return jax.tree.map(np.asarray, updater.params(state))
 
 
 def start(exp, workdir):
     """(weights, outcome, rows of the metrics) of a run in this workdir."""
-    updater = updater_of(exp.model, exp.optim, exp.rl.update, exp.mesh)
+    updater = updater_of(exp.model, exp.optim, exp.rl.update, exp.mesh, exp.rl.most_mismatch)
     state, outcome = rl_run.run(
         exp,
         workdir,

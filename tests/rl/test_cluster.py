@@ -169,7 +169,9 @@ def run_from(exp, workdir, through=lambda workers: workers):
         exp,
         workdir,
         tokenizer=loop_run.TOKENIZER,
-        updater=loop_run.updater_of(exp.model, exp.optim, exp.rl.update, exp.mesh),
+        updater=loop_run.updater_of(
+            exp.model, exp.optim, exp.rl.update, exp.mesh, exp.rl.most_mismatch
+        ),
         initial=lambda trainer: trainer.init(jax.random.key(exp.seed)),
         through=through,
     )
@@ -201,7 +203,7 @@ def test_a_run_trains_the_same_samples_wherever_they_are_drawn(
     assert rolled(batches) == plain
     check_ledger(tmp_path / "w", 3)
     for row in rows[1:]:
-        assert row.scalars["mismatch/max"] < 1e-4 and row.scalars["staleness/max"] == 0
+        assert row.scalars["mismatch/gap"] < 1e-4 and row.scalars["staleness/max"] == 0
         assert row.scalars["rollout/tokens"] > 0 and row.scalars["rollout/tokens_per_s"] > 0
     assert total(rows, "engine_restarts") == total(rows, "given_back") == 0
     assert total(rows, "episodes") >= 2 * 6 + 3 * 12
@@ -320,7 +322,7 @@ def test_an_engine_that_is_killed_costs_no_sample_and_doubles_none(
     assert total(rows, "engine_restarts") == 1 and total(rows, "given_back") > 0
     assert rows[version + bool(version)].scalars["rollout/engine_restarts"] == 1
     for row in rows[1:]:
-        assert row.scalars["mismatch/max"] < 1e-4
+        assert row.scalars["mismatch/gap"] < 1e-4
 
 
 @ray_only

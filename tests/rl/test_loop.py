@@ -30,8 +30,8 @@ def watched(monkeypatch):
     """Largest number of groups under way or accepted, beyond what the capacity rule lets."""
     beyond = []
 
-    def absorb(self):
-        done = before(self)
+    def absorb(self, wanted=1):
+        done = before(self, wanted)
         counts = self.pool.counts()
         busy = sum(counts[state] for state in ("ready", "taken", "trained", "leased"))
         rules, version = self.pool.rules, counts["batches"]
@@ -57,7 +57,7 @@ def test_a_synchronous_run_trains_tokens_of_its_own_weights_and_agrees_with_its_
         assert {int(v) for one in taken for v in one.versions_T[one.sampled_T]} == {step}
         assert len({one.group for one in taken}) == RL.groups and len(taken) == 12
     for row in rows[1:]:
-        assert row.scalars["mismatch/max"] < 1e-4 and row.scalars["mismatch/kl"] < 1e-8
+        assert row.scalars["mismatch/gap"] < 1e-4 and row.scalars["mismatch/kl"] < 1e-8
         assert row.scalars["staleness/max"] == 0
     assert max(watched) <= 0
 
@@ -158,7 +158,7 @@ def test_an_engine_that_lies_about_its_log_probs_trips_the_gate(tmp_path, monkey
     same(weights, loop_run.first_weights(exp))
     blind = dataclasses.replace(RL, most_mismatch=None)
     _, outcome, rows = start(experiment(tmp_path, steps=1, rl=blind), tmp_path / "blind")
-    assert outcome.why == "done" and rows[1].scalars["mismatch/max"] == pytest.approx(0.3, abs=1e-3)
+    assert outcome.why == "done" and rows[1].scalars["mismatch/gap"] == pytest.approx(0.3, abs=1e-3)
 
 
 def test_rewards_that_agree_starve_a_run_or_teach_nothing(tmp_path):
@@ -242,7 +242,7 @@ def test_the_temperature_rises_when_the_reward_stands_still(tmp_path, batches):
     assert [row.scalars["temperature"] for row in rows[1:]] == [1, 1, 1, 1, 1.5, 1.5]
     assert {one.temperature for step, taken in batches if step >= 4 for one in taken} == {1.5}
     for row in rows[1:]:  # the trainer scores at the temperature that sampled
-        assert row.scalars["mismatch/max"] < 1e-4
+        assert row.scalars["mismatch/gap"] < 1e-4
 
 
 def test_parts_of_a_batch_have_whole_groups_and_every_trajectory_once():
@@ -262,7 +262,7 @@ def test_the_mismatch_is_measured_on_tokens_of_these_weights_alone():
     shift_BT = np.where(batch.version_B == 4, 0.1, 5.0)[:, None]
     trainer_BT = batch.logp_BT + shift_BT
     found, n = loop.mismatch([batch], [trainer_BT], 4)
-    assert n == new.sampled_T.sum() and found["mismatch/max"] == pytest.approx(0.1, rel=1e-4)
+    assert n == new.sampled_T.sum() and found["mismatch/gap"] == pytest.approx(0.1, rel=1e-4)
     assert found["mismatch/kl"] == pytest.approx(np.expm1(0.1) - 0.1, rel=1e-3)
     assert loop.mismatch([batch], [trainer_BT], 9) == ({}, 0)
 

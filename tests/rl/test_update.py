@@ -302,6 +302,47 @@ def test_the_first_step_on_what_the_engine_drew_has_no_kl_and_nothing_to_clip():
     assert float(again.scalars["policy/drift_kl"]) > 1e-6
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        "one",
+        pytest.param("pmap and micro-batches", marks=pytest.mark.slow),
+        pytest.param("mesh", marks=pytest.mark.slow),
+    ],
+)
+def test_the_first_step_on_a_batch_is_the_same_without_scores_made_before(way):
+    batch, run = random_rows(), updater(way, optim=ADAMW)
+    fresh_B = np.arange(ROWS) % 2 == 0
+    state = run.init(weights())
+    scored = batch.replace(old_logp_BT=run.logp(state.params, batch))
+    after, expected = run.step(state, scored)
+    alone, out = run.step(run.init(weights()), batch.replace(old_logp_BT=None, fresh_B=fresh_B))
+    for name, value in expected.scalars.items():
+        np.testing.assert_allclose(out.scalars[name], value, rtol=1e-3, atol=1e-6, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        *(jax.device_get(run.params(one)) for one in (after, alone)),
+    )
+    counted_BT = (batch.weight_BT > 0) & fresh_B[:, None]
+    gap_M = (scored.old_logp_BT - batch.logp_BT)[counted_BT]
+    for name, values in (("gap", abs(gap_M)), ("kl", np.expm1(gap_M) - gap_M)):
+        assert float(out.scalars[f"policy/fresh_{name}"]) == pytest.approx(values.mean(), rel=1e-3)
+
+
+def test_a_step_on_fresh_rows_that_the_engine_scored_otherwise_is_not_taken():
+    run = make_updater(CFG, ADAMW, Update(), where=Pmap(1), most_mismatch=1e-2)
+    batch, fresh_B = rollouts().replace(routes_BTLA=None), rollouts().version_B == 0
+    wrong = batch.replace(logp_BT=batch.logp_BT - 0.3 * (batch.weight_BT > 0))
+    state, out = run.step(run.init(weights()), wrong.replace(fresh_B=fresh_B))
+    assert not bool(out.ok) and float(out.scalars["policy/fresh_gap"]) > 0.29
+    assert np.isfinite(float(out.scalars["loss"]))
+    same = jax.device_get(run.params(run.init(weights())))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(run.params(state)), same)
+    for taken in (batch.replace(fresh_B=fresh_B), wrong.replace(fresh_B=~fresh_B & False)):
+        state, out = run.step(state, taken)
+        assert bool(out.ok)
+
+
 def test_the_engines_experts_replayed_give_its_log_probs_by_a_router_that_would_choose_others():
     # The bias steers the choice and is in no gate: with the experts given, nothing else differs.
     bias_LE = 2 * jax.random.normal(jax.random.key(9), weights().moe.ffn.bias_E.shape)

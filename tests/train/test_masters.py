@@ -16,8 +16,10 @@ from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.model import config, transformer
 from glm45_jax.optim.muon import Muon
 from glm45_jax.optim.schedules import Constant
+from glm45_jax.train.loss import Weights
 from glm45_jax.train.parallel import Pmap, Recipe, make_trainer
 from glm45_jax.train.state import Train
+from glm45_jax.train.step import gradients
 from tests.train.common import MESH, ONE, packed_batch
 
 CFG = dataclasses.replace(config.tiny(), n_moe=1, n_mtp=0)
@@ -108,6 +110,20 @@ def test_float32_weights_are_taken_in_the_dtypes_of_the_run(where):
         ):
             assert x.dtype == kept.dtype
             np.testing.assert_array_equal(np.asarray(x), np.asarray(w.astype(kept.dtype)))
+
+
+def test_gradients_of_the_vocabulary_are_summed_over_trunk_and_mtp_in_float32():
+    """They are those of float32 weights, bit for bit; those of a block are rounded first."""
+    cfg = dataclasses.replace(CFG, n_mtp=1)
+    kept = params_lib.init(MUON.stored(transformer.specs(cfg)), jax.random.key(0))
+    whole = jax.tree.map(lambda w: w.astype(jnp.float32), kept)
+    weights, batch = Weights(jnp.float32(0.3), jnp.float32(1e-2)), packed_batch()
+    of = jax.jit(lambda params: gradients(params, batch, weights, cfg=cfg, packed=True)[0])
+    low, high = of(kept), of(whole)
+    for name in ("embed_VD", "head_DV"):
+        assert getattr(kept, name).dtype == jnp.bfloat16
+        np.testing.assert_array_equal(getattr(low, name), getattr(high, name))
+    assert np.any(low.moe.ffn.gate_EDF != high.moe.ffn.gate_EDF)
 
 
 def test_a_loop_whose_plan_is_of_float32_weights_is_refused():

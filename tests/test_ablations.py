@@ -169,6 +169,7 @@ def test_rates_of_infilling_share_documents_split_and_tokenizer(tmp_path):
     assert len({one.train["python"].manifest.fingerprint for one in prepared}) > 2
 
 
+@pytest.mark.slow
 def test_an_arm_is_scored_as_its_run_validates(tmp_path):
     base = dataclasses.replace(quick(steps=2), mesh=Pmap(1))
     ablation = sweep.only(ablations.mtp_weight(base), ["mtp_0.3"])

@@ -224,6 +224,7 @@ def test_devices_of_one_cpu_wait_for_a_late_one_unless_told_how_long(
     assert [flag for flag in os.environ["XLA_FLAGS"].split() if flag.startswith(LATE)] == waits
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_folder_with_its_tokenizer_and_the_next_run_starts_from_it(done, tmp_path):
     folder = tmp_path / "released"
     assert hf_main(["convert", str(done), str(folder)]) == 0

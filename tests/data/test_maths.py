@@ -95,6 +95,7 @@ def taught(endpoint, tmp_path, **fields):
     )
 
 
+@pytest.mark.slow
 def test_the_small_model_orders_documents_it_never_saw_as_the_large_one_does(tmp_path):
     with serving(judge) as (stub, endpoint):
         recipe = taught(endpoint, tmp_path)

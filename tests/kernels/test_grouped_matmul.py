@@ -99,7 +99,7 @@ def test_rows_past_the_last_group_give_zeros_and_get_none(sizes, impl):
     assert_rounded_once((out, dx, dw), exact)
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=12)
 @hypothesis.given(
     st.lists(st.integers(0, 200), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 )
@@ -128,7 +128,7 @@ def test_products_in_bfloat16_accumulate_in_float32():
         )  # one bf16 rounding
 
 
-@hypothesis.settings(max_examples=50)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(
     st.lists(st.integers(0, 400), min_size=1, max_size=8),
     st.integers(0, 300).map(lambda n: n * 8),

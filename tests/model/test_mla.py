@@ -235,7 +235,9 @@ def test_values_narrower_than_keys_are_values_padded_with_zeros():
     np.testing.assert_allclose(attention(q, k, v), attention(q, k, padded)[..., :4], atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "outputs"])
+@pytest.mark.parametrize(
+    "remat", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dots", "outputs"))]
+)
 def test_a_loss_with_mtp_has_finite_gradients_everywhere_and_remat_does_not_matter(remat):
     cfg, params = tiny_mla()
     ids = tokens()

@@ -88,6 +88,7 @@ def test_a_mesh_changes_weights_by_no_more_than_a_rounding_the_other_way():
     assert differ < 2e-3 * total
 
 
+@pytest.mark.slow
 def test_it_learns_as_float32_does():
     ends = {}
     for master in ("float32", "bfloat16"):

@@ -55,7 +55,15 @@ def after_two_steps(way):
     return jax.device_get(run.save_view(state)), outs, nll, len(compiled)
 
 
-@pytest.mark.parametrize("way", [*WAYS, pytest.param(SPLIT_ROWS, marks=pytest.mark.slow)])
+# The others hold what these do, one at a time.
+IN_PARTS = ("mesh", "micro-batches", SPLIT_ROWS)
+EVERY_WAY = [
+    pytest.param(way, marks=pytest.mark.slow) if way in IN_PARTS else way
+    for way in (*WAYS, SPLIT_ROWS)
+]
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_devices_and_micro_batches_change_nothing(way):
     state, outs, nll, _ = after_two_steps(way)
     alone, alone_outs, alone_nll, _ = after_two_steps("single")

@@ -15,17 +15,13 @@ were run with seed 0.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
-import signal
 import tarfile
 import tempfile
-import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +30,8 @@ import numpy as np
 from experiments import midtrain
 from experiments.ablations import text_of
 from experiments.bench.recipe_page import CASE, described, write_page
-from experiments.bench.results import RESULTS, device_name, merge_result, merge_rows
+from experiments.bench.results import device_name, known, merge_result, merge_rows
+from experiments.bench.seconds import BEGAN, said, stopped_at
 from glm45_jax import metrics
 from glm45_jax.data.loader import Loader
 from glm45_jax.data.pack import Cut
@@ -226,8 +223,8 @@ def run_arms(asked: Sequence[str], exp: Experiment, ends: float, done: list[dict
     with compiling(programs, THREADS):
         for optimizer, lr, seed in wanted:
             lr = lr or best(done, optimizer)
-            known = [(row["optimizer"], row["lr"], row["seed"]) for row in done]
-            if (optimizer, lr, seed) in known:
+            ran = [(row["optimizer"], row["lr"], row["seed"]) for row in done]
+            if (optimizer, lr, seed) in ran:
                 continue
             if ends - time.monotonic() < LEAST_S:
                 said(f"{optimizer} {lr:g} seed {seed} does not begin: the time is spent")
@@ -309,41 +306,6 @@ def parsed(asked: str) -> tuple[str, float, int]:
     return optimizer, rate, number
 
 
-@contextlib.contextmanager
-def stopped_at(ends: float) -> Iterator[None]:
-    """Asks the run inside to stop after the step during which the monotonic clock says `ends`."""
-    left = threading.Event()
-
-    def wait() -> None:
-        while not left.wait(max(ends - time.monotonic(), 0.5)):
-            # The loop listens to it; before and after the loop it would end the process.
-            if time.monotonic() >= ends and callable(signal.getsignal(signal.SIGTERM)):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        left.set()
-        thread.join()
-
-
-def said(text: str) -> None:
-    """None; a line with the seconds since the start, now."""
-    print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", flush=True)
-
-
-BEGAN = time.monotonic()
-
-
-def kept(file: pathlib.Path, key: str) -> Any:
-    """What a result file has under a key; an empty value where there is none."""
-    known = json.loads(file.read_text()) if file.exists() else {}
-    return known.get(key, {})
-
-
 def measure(parts: Sequence[str], arms: Sequence[str], tiny: bool, ends: float) -> None:
     """None; each part's rows are in the result file as soon as they are there, tiny ones beside the
     run.
@@ -394,8 +356,7 @@ def main() -> None:
         measure(args.parts, args.arms, args.tiny, BEGAN + args.seconds)
     if args.write:
         device = args.device or device_name()
-        file = RESULTS / f"{device}.json"
-        print(write_page(kept(file, "recipe"), kept(file, "ablation_muon_adamw"), device))
+        print(write_page(known(device, "recipe"), known(device, "ablation_muon_adamw"), device))
 
 
 if __name__ == "__main__":

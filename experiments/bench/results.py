@@ -30,10 +30,9 @@ def device_name() -> str:
 
 def merge_result(device: str, key: str, value: dict[str, Any]) -> Path:
     """Puts the value under its key in the device's result file, keeping the other keys."""
-    file = RESULTS / f"{device}.json"
+    file = _file(device)
     file.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(known | {key: value}, indent=1, sort_keys=True) + "\n")
+    file.write_text(json.dumps(_all(device) | {key: value}, indent=1, sort_keys=True) + "\n")
     return file
 
 
@@ -41,9 +40,22 @@ def merge_rows(device: str, key: str, rows: Sequence[dict[str, Any]], case: Sequ
     """Puts rows under `key` -> "rows", in the place of those known that are equal in all fields of
     `case`; the other rows stay.
     """
-    file = RESULTS / f"{device}.json"
-    known = json.loads(file.read_text()).get(key, {}) if file.exists() else {}
+    before = known(device, key).get("rows", [])
     same = lambda row: tuple(row.get(name) for name in case)  # noqa: E731
     new = {same(row) for row in rows}
-    kept = [row for row in known.get("rows", []) if same(row) not in new]
+    kept = [row for row in before if same(row) not in new]
     return merge_result(device, key, {"rows": [*kept, *rows]})
+
+
+def known(device: str, key: str) -> dict[str, Any]:
+    """What the device's result file has under a key; empty where there is nothing."""
+    return _all(device).get(key, {})
+
+
+def _all(device: str) -> dict[str, Any]:
+    file = _file(device)
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _file(device: str) -> Path:
+    return RESULTS / f"{device}.json"

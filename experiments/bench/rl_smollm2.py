@@ -19,21 +19,19 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import pathlib
 import shutil
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments import rl_reasoning
-from experiments.bench.results import RESULTS, device_name, merge_rows
+from experiments.bench.results import device_name, known, merge_rows
 from experiments.bench.rl_smollm2_page import WARM, described, measured, write_page
+from experiments.bench.seconds import BEGAN, said, stopped_at
 from glm45_jax.checkpoint import Checkpoints
 from glm45_jax.data.chats import MadeChats
 from glm45_jax.data.loader import Loader
@@ -375,35 +373,6 @@ def run_arm(
     return row
 
 
-@contextlib.contextmanager
-def stopped_at(ends: float) -> Iterator[None]:
-    """Asks the run inside to stop after the batch during which the monotonic clock says `ends`."""
-    left = threading.Event()
-
-    def wait() -> None:
-        while not left.wait(max(ends - time.monotonic(), 0.5)):
-            # The loop listens to it; before and after the loop it would end the process.
-            if time.monotonic() >= ends and callable(signal.getsignal(signal.SIGTERM)):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        left.set()
-        thread.join()
-
-
-def said(text: str) -> None:
-    """None; a line with the seconds since the start, now."""
-    print(f"[{time.monotonic() - BEGAN:6.1f} s] {text}", flush=True)
-
-
-BEGAN = time.monotonic()
-
-
 def measure(asked: Sequence[str], sizes: Sizes, workdir: pathlib.Path, seconds: float) -> None:
     """Runs what was asked, each row into the result file as soon as it is there."""
     ends = BEGAN + seconds
@@ -465,7 +434,7 @@ def main() -> None:
         measure(args.arms, sizes, args.workdir, args.seconds)
     if args.write:
         device = args.device or device_name()
-        rows = json.loads((RESULTS / f"{device}.json").read_text())["rl_smollm2"]["rows"]
+        rows = known(device, "rl_smollm2")["rows"]
         told = {name: arm.told for name, arm in arms().items()}
         print(write_page(rows, told, device))
 

@@ -91,12 +91,14 @@ def pick(
             else f"not taken by itself on {platform}"
         )
         if why is None:
-            _say_once(op, platform, i.name, tuple(reasons))
+            passed = f" ({'; '.join(reasons)})" if reasons else ""
+            say_once(log, logging.INFO, f"{op} on {platform}: {i.name}{passed}")
             return i.run
         reasons.append(f"{i.name}: {why}")
     raise ValueError(f"{op}: nothing runs on {platform}: {'; '.join(reasons)}")
 
 
 @functools.cache
-def _say_once(op: str, platform: str, name: str, reasons: tuple[str, ...]) -> None:
-    log.info("%s on %s: %s%s", op, platform, name, f" ({'; '.join(reasons)})" if reasons else "")
+def say_once(logger: logging.Logger, level: int, text: str) -> None:
+    """None; a line of the log that tells of a choice, the first time it is made."""
+    logger.log(level, "%s", text)

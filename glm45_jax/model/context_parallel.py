@@ -26,6 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 from glm45_jax import sharding
 from glm45_jax.kernels import attention_tiles as tiles
 from glm45_jax.kernels.attention import attention as whole_rows
+from glm45_jax.kernels.dispatch import say_once
 
 log = logging.getLogger(__name__)
 
@@ -203,16 +204,13 @@ def choose(asked: Meeting | None, *, gathered: int, lanes: int) -> Meeting:
             f"keys and values of whole rows are {gathered / 2**20:.1f} MiB a device, "
             f"{'at most' if few else 'above'} {GATHER_BYTES >> 20}"
         )
-    _say_once(
+    say_once(
+        log,
+        logging.INFO,
         f"attention over {lanes} devices a row: {asked}, {why}; in tiles of XLA (mosaic and cudnn "
-        "mask by the index in whole rows and take no offset)"
+        "mask by the index in whole rows and take no offset)",
     )
     return asked
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    log.info(text)
 
 
 def _meet(q_btNH, k_btKH, v_btKU, segments_bt, *, over: Lanes, meet: Meeting, tile: int):

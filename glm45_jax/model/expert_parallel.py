@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from glm45_jax import sharding
+from glm45_jax.kernels.dispatch import say_once
 from glm45_jax.kernels.fp8 import is_fp8
 from glm45_jax.kernels.routing import Routing, combine, count_rows, inverse, permute
 from glm45_jax.model.slots import Apply, by_expert, collect, in_passes, move, overlap, within
@@ -426,14 +427,16 @@ def choose(asked: Any, *, size: int, top_k: int, platform: str) -> Any:
     if asked is None:
         picked, why = default_exchange(size, top_k, platform)
         if size > 1:
-            _say_once(logging.INFO, f"experts over {size} devices on {platform}: {picked}, {why}")
+            said = f"experts over {size} devices on {platform}: {picked}, {why}"
+            say_once(log, logging.INFO, said)
         return picked
     if why := asked.refuses(platform):
         raise ValueError(f"rules.exchange={asked}: {why}; rules.exchange=None picks for you")
     if size == 1:
         return GatherWeights()
     if isinstance(asked, RaggedAllToAll) and platform == "gpu":
-        _say_once(
+        say_once(
+            log,
             logging.WARNING,
             f"rules.exchange={asked}: on 2 H100 XLA's ragged all-to-all moved 2.6 GB/s, a dense "
             "one 267 (docs/log.md); take PaddedAllToAll(), or rules.exchange=None picks for you",
@@ -456,11 +459,6 @@ def default_exchange(size: int, top_k: int, platform: str) -> tuple[Exchange, st
     if platform == "tpu":
         return RaggedAllToAll(), "native there"
     return PaddedAllToAll(), "a ragged all-to-all is slow or missing there"
-
-
-@functools.cache
-def _say_once(level: int, text: str) -> None:
-    log.log(level, text)
 
 
 def _swap(x_XC: jax.Array, axes: tuple[str, ...]) -> jax.Array:

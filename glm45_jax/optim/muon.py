@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -26,6 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 from glm45_jax import params as plan
 from glm45_jax import sharding
 from glm45_jax.kernels import newton_schulz as kernels
+from glm45_jax.kernels.dispatch import say_once
 from glm45_jax.optim import mixed, rounding
 from glm45_jax.optim.schedules import Cosine, Schedule, Tokens
 
@@ -294,17 +295,17 @@ def _iterate(x_Bmn: jax.Array, *, steps: int, impl: Impl, split: tuple[str, ...]
     """Newton-Schulz in the dtype of x. `split`: mesh axes that cut the last side in `shard_map`."""
     if split:
         if impl not in ("auto", "xla"):
-            _say_once(impl, f"matrices [{x_Bmn.shape[-2]}, {x_Bmn.shape[-1]} / {split}] are cut")
+            _by_xla(impl, f"matrices [{x_Bmn.shape[-2]}, {x_Bmn.shape[-1]} / {split}] are cut")
         return kernels.iterate(x_Bmn, steps=steps, split=split)
     if impl == "mosaic" and (why := kernels.unfit(x_Bmn)):
-        _say_once(impl, why)
+        _by_xla(impl, why)
         impl = "xla"
     return kernels.newton_schulz(x_Bmn, steps=steps, impl=impl)
 
 
-@cache
-def _say_once(impl: str, why: str) -> None:
-    log.info("newton_schulz: xla where %r was asked for: %s", impl, why)
+def _by_xla(impl: str, why: str) -> None:
+    said = f"newton_schulz: xla where {impl!r} was asked for: {why}"
+    say_once(log, logging.INFO, said)
 
 
 class _Move(NamedTuple):

@@ -17,7 +17,7 @@ IMPLS = (ELSEWHERE, FAST, SLOW)
 
 def test_auto_takes_the_first_that_can_and_says_why_not_the_others(caplog):
     caplog.set_level(logging.INFO)
-    dispatch._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     assert dispatch.pick("op", IMPLS, "auto", 1)(1) == "fast"
     assert dispatch.pick("op", IMPLS, "auto", 3)(3) == "slow"
     assert dispatch.pick("op", IMPLS, "auto", 3)(3) == "slow"
@@ -28,7 +28,7 @@ def test_auto_takes_the_first_that_can_and_says_why_not_the_others(caplog):
 
 def test_auto_passes_over_one_that_yields_and_a_name_still_gets_it(caplog):
     caplog.set_level(logging.INFO)
-    dispatch._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     shy = Implementation("shy", lambda x: "shy", anything, ("cpu",), lambda x: "slower from 2 on")
     assert dispatch.pick("op", (shy, SLOW), "auto", 2)(2) == "slow"
     assert dispatch.pick("op", (shy, SLOW), "shy", 2)(2) == "shy"

@@ -16,6 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from glm45_jax import params as params_lib
 from glm45_jax import sharding, values
 from glm45_jax.kernels import attention_tiles as tiles
+from glm45_jax.kernels import dispatch
 from glm45_jax.kernels.attention import reference
 from glm45_jax.model import config, context_parallel, transformer
 from glm45_jax.model.context_parallel import GatherKeys, RingKeys, choose, join, spread, zigzag
@@ -181,7 +182,7 @@ def test_the_search_for_whole_scores_sees_those_of_the_definition():
 
 def test_short_rows_are_gathered_and_long_ones_of_many_heads_go_round(caplog):
     row = 131_072 * 2  # bytes of one entry of all its tokens in bfloat16
-    context_parallel._say_once.cache_clear()  # plans of other tests may have said the same
+    dispatch.say_once.cache_clear()  # plans of other tests may have said the same
     with caplog.at_level(logging.INFO):
         assert choose(None, gathered=row * 8 * 256, lanes=8) == GatherKeys()
         assert choose(None, gathered=row * 20 * 512, lanes=8) == RingKeys()

@@ -9,6 +9,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from glm45_jax import sharding
+from glm45_jax.kernels import dispatch
 from glm45_jax.optim import muon as room
 from glm45_jax.optim.muon import Muon, orthogonal, scale_by_muon
 from glm45_jax.params import ParamSpec, tree_map
@@ -73,7 +74,7 @@ def test_a_mesh_changes_no_result_of_the_gram_form(shape):
 
 
 def test_matrices_that_the_kernel_does_not_take_go_by_xla_and_the_log_says_why(caplog):
-    room._say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     grads = draw({"odd": SPECS["odd"]})
     with caplog.at_level(logging.INFO, logger=room.__name__):
         by_name = first_directions({"odd": SPECS["odd"]}, grads, impl="mosaic")

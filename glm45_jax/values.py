@@ -338,6 +338,11 @@ def _to_json(value: Any, path: str) -> Any:
 def _name_of(named: Any, path: str) -> str:
     if "<" in named.__qualname__:
         raise ValueError(f"{path} is {named.__qualname__}; move it to the top of its module")
+    if named.__module__ == "__main__":
+        raise ValueError(
+            f"{path} is {named.__qualname__} of the program itself, which no other process could "
+            "look up; move it into a module, say one of experiments/"
+        )
     return f"{named.__module__}:{named.__qualname__}"
 
 

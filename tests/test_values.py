@@ -265,6 +265,12 @@ def test_what_json_cannot_hold_is_named_by_its_path(part):
         to_json(Run(anything=(0, part)))
 
 
+def test_parts_that_the_program_itself_defines_have_no_name_to_look_up(monkeypatch):
+    monkeypatch.setattr(Run, "__module__", "__main__")
+    with pytest.raises(ValueError, match=r"value\.0 is Run of the program itself"):
+        to_json((Run(),))
+
+
 @pytest.mark.parametrize(
     "obj, message",
     [

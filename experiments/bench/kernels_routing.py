@@ -154,8 +154,6 @@ def copy_cases(tokens: int, experts: int) -> dict[str, Case]:
         return cases
     cases["permute, mosaic"] = (permute_by("mosaic"), rows, some)
     cases["combine backward, mosaic"] = (combine_backward("mosaic", 2), (x, *sent), both)
-    taken = x, jax.jit(lambda order: order // TOP_K)(r.order_R)
-    cases["permute, take_rows 32, 4 at once"] = (routing_gpu.take_rows, taken, some)
     place = jax.jit(routing.inverse)(r.order_R).reshape(tokens, TOP_K)
     for block in (1, 2, 4, 8):
         copy = functools.partial(routing_gpu.copy_rows, tokens=routing_gpu.Tokens(block))

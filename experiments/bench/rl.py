@@ -309,4 +309,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from experiments.bench import rl  # not as __main__: values name their module
+
+    rl.main()

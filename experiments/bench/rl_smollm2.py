@@ -440,4 +440,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from experiments.bench import rl_smollm2  # not as __main__: values name their module
+
+    rl_smollm2.main()

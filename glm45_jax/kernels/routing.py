@@ -16,6 +16,7 @@ from flax import struct
 from glm45_jax.kernels.dispatch import Implementation, anything, not_tpu, pick
 
 TILE = 128  # tokens that are counted together
+MANY = 1024  # tokens from which "auto" takes the kernels for Hopper
 
 
 @struct.dataclass
@@ -318,6 +319,12 @@ def _rows_supports(rows: jax.Array, *_: Any) -> str | None:
     return routing_gpu.refuses_places(rows)
 
 
+def _few(x_M: jax.Array, *_: Any, **__: Any) -> str | None:
+    """Both kernels were measured with thousands of tokens; decoding has as many as rows."""
+    M = x_M.shape[0]
+    return f"{M} tokens are fewer than {MANY}" if M < MANY else None
+
+
 def inverse(order_R: jax.Array) -> jax.Array:
     """Place of each m * A + a in the expert order; also the other way round."""
     R = order_R.shape[0]
@@ -328,15 +335,16 @@ def inverse(order_R: jax.Array) -> jax.Array:
 
 IMPLS = (
     Implementation("mosaic_tpu", mosaic_tpu, _mosaic_tpu_supports, ("tpu",)),
-    Implementation("mosaic", mosaic, _mosaic_supports, ()),  # by name, until it has been measured
+    Implementation("mosaic", mosaic, _mosaic_supports, ("gpu",), _few),
     Implementation("counting", counting, anything, ("gpu",)),
     Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
 )
 PERMUTES = (
-    Implementation("mosaic", copied, _rows_supports, ()),  # by name, until it has been measured
+    Implementation("mosaic", copied, _rows_supports, ("gpu",), _few),
     Implementation("reference", _gathered, anything, ("cpu", "gpu", "tpu")),
 )
 COMBINES = (
-    Implementation("mosaic", put_back, _rows_supports, ()),  # by name, until it has been measured
+    # By name: faster alone, and the whole block with it is slower (docs/log.md).
+    Implementation("mosaic", put_back, _rows_supports, ()),
     Implementation("reference", _weighed, anything, ("cpu", "gpu", "tpu")),
 )

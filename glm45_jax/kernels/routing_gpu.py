@@ -2,9 +2,8 @@
 
 `top_k` reads the choices of 64 tokens into registers once and takes their maxima one after another.
 `copy_rows` and `put_rows` read a token's row once and write it to all of its places: in expert
-order it would be read A times, too far apart for the cache to keep it. `take_rows` is that other
-way round, by number. Every row is written once: no atomics, the same bits every time. Letters:
-M E A R D.
+order it would be read A times, too far apart for the cache to keep it. Every row is written once:
+no atomics, the same bits every time. Letters: M E A R D.
 """
 
 from __future__ import annotations
@@ -36,16 +35,6 @@ class Tokens:
     """
 
     block: int = 4
-    at_once: int = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Sizes that do not change what `take_rows` gives. block: rows of one block; at_once: of them
-    read before the first is written.
-    """
-
-    block: int = 32
     at_once: int = 4
 
 
@@ -91,64 +80,6 @@ def top_k(choice_ME: jax.Array, A: int, *, interpret: bool = False) -> jax.Array
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     return run(choice_ME).T[:M]
-
-
-def refuses_rows(x_MD: jax.Array | jax.ShapeDtypeStruct) -> str | None:
-    """Why `take_rows` cannot run there, or None."""
-    if why := not_hopper():
-        return why
-    whole = THREADS * VECTOR // jnp.dtype(x_MD.dtype).itemsize
-    D = x_MD.shape[1]
-    return f"rows of {D} are not whole steps of {whole}" if D % whole else None
-
-
-def take_rows(
-    x_MD: jax.Array,
-    from_R: jax.Array,
-    scale_R: jax.Array | None = None,
-    *,
-    dtype: jnp.dtype | None = None,
-    rows: Rows | None = None,
-    interpret: bool = False,
-) -> jax.Array:
-    """x_MD[from_R], [R, D] in `dtype` (of x); with `scale_R` each row times its number, in float32.
-
-    from_R: int32, each below M. Bytes: R rows read and written.
-    """
-    D, R, sizes = x_MD.shape[1], from_R.shape[0], rows or Rows()
-    dtype = jnp.dtype(dtype or x_MD.dtype)
-    blocks = pl.cdiv(R, sizes.block)
-    vector = VECTOR // x_MD.dtype.itemsize
-    layout = plgpu.Layout.WG_STRIDED((D,), vec_size=vector)
-
-    def kernel(x_ref, from_ref, scale_ref, out_ref):
-        first = lax.axis_index("block") * sizes.block
-
-        def some(step, carry):
-            # The last block ends at R: its first rows are written twice, alike.
-            at = jnp.minimum(first + step * sizes.at_once, R - sizes.at_once)
-            found = []
-            for i in range(sizes.at_once):
-                row = plgpu.load(x_ref.at[from_ref[at + i]], layout=layout, optimized=False)
-                found.append(row)
-            for i, row in enumerate(found):
-                if scale_ref is not None:
-                    row = row.astype(jnp.float32) * scale_ref[at + i]
-                out_ref.at[at + i][...] = row.astype(dtype)
-            return carry
-
-        lax.fori_loop(0, sizes.block // sizes.at_once, some, 0)
-
-    if R < sizes.at_once:
-        raise ValueError(f"{R} rows are fewer than {sizes.at_once} at once")
-    run = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((R, D), dtype),
-        grid=(blocks,),
-        grid_names=("block",),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )
-    return run(x_MD, from_R.astype(jnp.int32), scale_R)
 
 
 def refuses_places(x_MD: jax.Array | jax.ShapeDtypeStruct) -> str | None:

@@ -52,7 +52,9 @@ class Programs:
             self._asked[key] = made
         began = time.monotonic()
         try:
-            made.set_result(self.lower(shapes).compile())
+            with _TRACING:
+                lowered = self.lower(shapes)
+            made.set_result(lowered.compile())
         except BaseException as error:
             made.set_exception(error)  # raised again where the program is called
             raise

@@ -29,7 +29,7 @@ NAMES = sorted(
     [f"attention {name}" for name in large(ATTENTION)]
     + [f"decode {name}" for name in large(DECODE)]
     + [f"{op} {name}" for name in large(GROUPED) for op in ("grouped", "grouped fp8")]
-    + [f"{op} {name}" for name in large(ROUTING) for op in ("route", "rows", "copies")]
+    + [f"{op} {name}" for name in large(ROUTING) for op in ("route", "copies")]
     + [f"fp8 {name}" for name in WIDE]
     + [f"newton_schulz {name}" for name in large(NEWTON_SCHULZ)]
 )
@@ -49,7 +49,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from glm45_jax import sharding
-    from glm45_jax.kernels import routing, routing_gpu
+    from glm45_jax.kernels import routing
     from glm45_jax.kernels.attention import attention
     from glm45_jax.kernels.decode_attention import decode_attention
     from glm45_jax.kernels.fp8 import to_fp8
@@ -108,8 +108,6 @@ def main() -> None:
         run = functools.partial(routing.route, top_k=s.A, impl="mosaic")
         report(f"route {name}", run, of((s.M, s.E), whole), of((s.E,), whole))
         R = s.M * s.A
-        run = functools.partial(routing_gpu.take_rows, dtype=half)
-        report(f"rows {name}", run, of((s.M, 4096), whole), of((R,), i32), of((R,), whole))
         run = lambda x, gate, order: both_ways(  # noqa: E731
             lambda x, gate: routing.combine(
                 routing.permute(x, order, impl="mosaic"), gate, order, impl="mosaic"

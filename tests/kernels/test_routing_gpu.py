@@ -34,18 +34,6 @@ def test_a_nan_is_the_largest_and_names_an_expert():
     np.testing.assert_array_equal(ours, jax.lax.top_k(choice, 3)[1])
 
 
-@pytest.mark.parametrize("R", [4, 75])
-def test_rows_are_taken_by_number(R):
-    rng = np.random.default_rng(R)
-    x = jnp.asarray(rng.normal(size=(20, 1024)), jnp.bfloat16)
-    rows = jnp.asarray(rng.integers(0, 20, R), jnp.int32)
-    scale = jnp.asarray(rng.normal(size=R), jnp.float32)
-    np.testing.assert_array_equal(routing_gpu.take_rows(x, rows, interpret=True), x[rows])
-    wide = x.astype(jnp.float32)
-    ours = routing_gpu.take_rows(wide, rows, scale, dtype=jnp.bfloat16, interpret=True)
-    np.testing.assert_array_equal(ours, (wide[rows] * scale[:, None]).astype(jnp.bfloat16))
-
-
 def test_what_the_kernels_cannot_do_is_said(monkeypatch):
     def said(E, A=2):
         return routing_gpu.refuses_top_k(jax.ShapeDtypeStruct((4, E), jnp.float32), A)
@@ -55,11 +43,6 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch):
     assert said(128) is None
     assert "12 experts are not a multiple of 8" in said(12)
     assert "top_k 9 is above 8 experts" in said(8, 9)
-    narrow = jax.ShapeDtypeStruct((4, 96), jnp.bfloat16)
-    assert "rows of 96 are not whole steps of 1024" in routing_gpu.refuses_rows(narrow)
-    with pytest.raises(ValueError, match="3 rows are fewer than 4 at once"):
-        rows = jnp.arange(3, dtype=jnp.int32)
-        routing_gpu.take_rows(jnp.zeros((4, 1024), jnp.bfloat16), rows, interpret=True)
 
 
 SMALL = [(s.M, s.A) for s in ROUTING.values() if s.small] + [(5, 8)]  # of tokens, of their experts
@@ -160,14 +143,6 @@ def test_the_kernel_routes_as_the_reference_does_on_a_gpu(name):
         np.testing.assert_array_equal(getattr(ours, field), getattr(right, field), err_msg=field)
     # XLA sums a token's gates in another order where the kernel gives them by columns.
     np.testing.assert_allclose(ours.gate_MA, right.gate_MA, atol=1e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("D", [1024, 4096, 5120])
-def test_rows_are_taken_by_number_on_a_gpu(D):
-    x = jax.random.normal(jax.random.key(0), (300, D), jnp.bfloat16)
-    rows = jax.random.randint(jax.random.key(1), (4099,), 0, 300)
-    np.testing.assert_array_equal(routing_gpu.take_rows(x, rows), x[rows])
 
 
 @pytest.mark.gpu

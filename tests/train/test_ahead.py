@@ -1,6 +1,7 @@
 """Programs compiled before they are needed do what they do when compiled in place."""
 
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,7 @@ def test_one_program_is_traced_at_a_time_while_those_before_it_compile():
 
     def lower(shapes):
         tracing.append(shapes)
+        time.sleep(0.05)  # another that traces now would be seen
         most.append(len(tracing))
         tracing.remove(shapes)
         return Slow()

@@ -93,6 +93,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12,<3.15",
     packages=find_packages(include=["glm45_jax*", "experiments*"]),
+    package_data={"glm45_jax": ["kernels/tuned/*.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -21,6 +21,7 @@ from jax import lax
 
 from glm45_jax.kernels import hopper
 from glm45_jax.kernels.hopper import COLUMN, HALF, ROW, TILE
+from glm45_jax.kernels.tuning import tuned
 
 LOWEST = -1e30  # finite: a row whose first block is all masked has no NaN
 LOG2_E = math.log2(math.e)
@@ -87,7 +88,10 @@ def flash_attention(
         if segments_BT is not None:
             segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)), constant_values=-1)
     within = None if segments_BT is None else bounds(segments_BT)
-    return _flash(q_BTNH, k_BTKH, v_BTKH, within, tuning or Tuning())[:, :T]
+    N, H = q_BTNH.shape[2:]
+    key = {"T": q_BTNH.shape[1], "G": N // k_BTKH.shape[2], "H": H}
+    tuning = tuning or tuned("flash_attention", Tuning(), **key)
+    return _flash(q_BTNH, k_BTKH, v_BTKH, within, tuning)[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -22,6 +22,7 @@ from jax import lax
 
 from glm45_jax.kernels import hopper
 from glm45_jax.kernels.hopper import COLUMN, ROW
+from glm45_jax.kernels.tuning import tuned
 
 LOWEST = -1e30  # finite: a block all of whose keys come after a query has no NaN
 LOG2_E = math.log2(math.e)
@@ -54,11 +55,12 @@ def paged_attention(
     tuning: Tuning | None = None,
 ) -> jax.Array:
     """`decode_attention` on one device. Queries without a key give zeros."""
-    tuning = tuning or Tuning()
     B, T, N, H = q_BTNH.shape
     size, K = k_LPSKH.shape[2:4]
     G = N // K
     capacity = table_BP.shape[1] * size
+    key = {"B": B, "K": K, "M": T * G, "H": H, "S": capacity, "bytes": k_LPSKH.dtype.itemsize}
+    tuning = tuning or tuned("paged_attention", Tuning(), **key)
     q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, H)
     q_BKMH = jnp.pad(q_BKMH, ((0, 0), (0, 0), (0, -(T * G) % 8), (0, 0)))
     if k_LPSKH.dtype != q_BTNH.dtype:

@@ -41,6 +41,7 @@ from glm45_jax.kernels.row_tiles_gpu import (
     two_views,
     views,
 )
+from glm45_jax.kernels.tuning import tuned
 
 STEP = 128  # of the inputs: one atom of shared memory, one block of scales
 COLUMNS = 128  # of a tile: one block of scales
@@ -91,7 +92,8 @@ def matmul(
 ) -> tuple[jax.Array, ...]:
     """y[M, O] in bfloat16 of each weight, as `kernels.fp8_matmul.fp8_matmul`, in one launch."""
     M, I = x_MI.shape
-    plan = plan or dense_plan(M, I, [w.values_OI.shape[0] for w in ws])
+    columns = [w.values_OI.shape[0] for w in ws]
+    plan = plan or tuned("fp8 matmul", dense_plan(M, I, columns), M=M, I=I, O=sum(columns))
     tiles = lay_bands(M, band=BAND, rows=plan.rows)
     ys = _product(x_MI, [jax.tree.map(lambda a: a[None], w) for w in ws], tiles, plan, interpret)
     return tuple(y.sum(axis=0).astype(x_MI.dtype) if y.ndim == 3 else y for y in ys)
@@ -107,7 +109,8 @@ def grouped_matmul(
 ) -> jax.Array:
     """y[R, O] in bfloat16, as `kernels.fp8_matmul.grouped_matmul_fp8`."""
     R, E = x_RI.shape[0], rows_E.shape[0]
-    plan = plan or plan_for(tile_rows(R, E))
+    O, I = w.values_OI.shape[1:]
+    plan = plan or tuned("fp8 grouped_matmul", plan_for(tile_rows(R, E)), R=R, E=E, I=I, O=O)
     return _product(x_RI, [w], lay_tiles(rows_E, n_rows=R, rows=plan.rows), plan, interpret)[0]
 
 

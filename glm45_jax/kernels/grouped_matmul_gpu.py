@@ -39,6 +39,7 @@ from glm45_jax.kernels.row_tiles_gpu import (
     two_views,
     views,
 )
+from glm45_jax.kernels.tuning import tuned
 
 STEP = 64  # of the contracted dimension: 128 bytes, one swizzle atom
 
@@ -239,7 +240,8 @@ def rows_by_matrix(
     """
     R, K = x_RK.shape
     E, N = w_EDF.shape[0], w_EDF.shape[1 if transposed else 2]
-    plan = plan or plan_for(N, tiles.rows)
+    key = {"K": K, "N": N, "rows": tiles.rows, "transposed": int(transposed)}
+    plan = plan or tuned("rows_by_matrix", plan_for(N, tiles.rows), **key)
     halves = tiles.rows // HALF
     part = plan.columns // (3 - halves)  # columns of a consumer
     k_steps, n_tiles = pl.cdiv(K, STEP), pl.cdiv(N, plan.columns)
@@ -362,7 +364,7 @@ def rows_by_rows(
     those of x are zeroed in shared memory.
     """
     D, F, E = x_RD.shape[1], g_RF.shape[1], tiles.rows_E.shape[0]
-    plan = plan or plan_for(F)
+    plan = plan or tuned("rows_by_rows", plan_for(F), D=D, F=F)
     d_tiles, f_tiles = pl.cdiv(D, ROWS), pl.cdiv(F, plan.columns)
     least, grid = max(1, plan.overlap), Grid(interpret)
 

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm45_jax.kernels.row_tiles_gpu import CTAS, HALF, PRODUCER, ROWS, Grid, Ring, tiling
+from glm45_jax.kernels.tuning import tuned
 
 STEP = 64  # of the contracted dimension: 128 bytes, one swizzle atom
 SLOTS = 2  # blocks on their way to memory, a consumer
@@ -107,7 +108,8 @@ def product(
     assert lhs.dtype == rhs.dtype and lhs.dtype in DTYPES, (lhs.dtype, rhs.dtype)
     assert m == n or not (symmetric or diagonal), (m, n)
     assert not (shifted and lhs_t), "the shift meets rows of lhs as they lie"
-    plan = plan or plan_for(B, m, n, symmetric=symmetric)
+    key = {"B": B, "m": m, "n": n, "k": k, "symmetric": int(symmetric)}
+    plan = plan or tuned("product", plan_for(B, m, n, symmetric=symmetric), **key)
     table = lay_tiles(m, n, plan.columns, symmetric=symmetric)
     n_tiles, k_steps, grid = table.shape[1], k // STEP, Grid(interpret)
     columns = plan.columns

@@ -141,12 +141,16 @@ class ColdStart:
 @dataclasses.dataclass(frozen=True)
 class Grades:
     """Tasks by difficulty (`rl.curriculum`). A stage ends where the mean reward over `window`
-    batches has a slope within ± tolerance a batch; both UNVERIFIED.
+    batches has a slope within ± tolerance a batch; both UNVERIFIED. probe_samples: of each batch at
+    most so many more, which are not trained, where a stage needs to know of tasks what the trained
+    samples do not tell: of 8 that fail nobody knows pass@512. 0: none, and the nearest tasks that
+    are known fill up (UNVERIFIED: the paper does not say how its second stage was found).
     """
 
     stages: tuple[Stage, ...] = (MODERATE, HARD)
     window: int = 50
     tolerance: float = 1e-3
+    probe_samples: int = 256
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from glm45_jax.rl.config import Grades, Rl, Split
-from glm45_jax.rl.curriculum import Curriculum
+from glm45_jax.rl.curriculum import Curriculum, Probe
 from glm45_jax.rl.pool import Lease, Pool, Prompt
 from glm45_jax.rl.temperature import stable
 from glm45_jax.rl.trajectory import Trajectory
@@ -22,7 +22,7 @@ from glm45_jax.rollout.sampling import Sampling
 # Groups that end within so many polls are committed together: a commit waits for the disk. Not
 # seconds: a run that samples in the loop's thread is the same every time.
 COMMIT_POLLS = 8
-HELD_OUT = "held-out"  # the world of tasks that no ledger knows, and what their keys begin with
+HELD_OUT = "held-out"  # the world of tasks that are not trained on
 
 
 class StarvedError(RuntimeError):
@@ -39,6 +39,12 @@ class Prompts(Protocol):
 
     def observe(self, reward: float) -> None:
         """None; told the mean reward of each batch, of all samples that ended."""
+
+    def probes(self) -> Sequence[Probe]:
+        """Tasks to be sampled after this batch without being trained, to know how hard they are."""
+
+    def probed(self, pool: Pool, given: Sequence[tuple[Probe, Sequence[float]]], step: int) -> None:
+        """None; told the rewards of the samples of each that ended, of weights of `step`."""
 
     def scalars(self) -> Mapping[str, float]:
         """For the metrics."""
@@ -65,6 +71,13 @@ class InOrder:
     def observe(self, reward: float) -> None:
         """None; order does not hang on rewards."""
 
+    def probes(self) -> Sequence[Probe]:
+        """None."""
+        return ()
+
+    def probed(self, pool: Pool, given: Sequence[tuple[Probe, Sequence[float]]], step: int) -> None:
+        """None; nothing was asked."""
+
     def scalars(self) -> Mapping[str, float]:
         """Nothing."""
         return {}
@@ -79,6 +92,7 @@ class Graded:
     def __init__(self, curriculum: Curriculum, pool: Pool, grades: Grades, *, groups: int) -> None:
         self.curriculum, self._grades, self._groups = curriculum, grades, groups
         self._rewards: list[float] = []
+        self._filled = 0
         if (noted := pool.note("curriculum")) is not None:
             curriculum.restore(noted)
 
@@ -86,6 +100,7 @@ class Graded:
         """As `Prompts`."""
         self.curriculum.catch_up(pool.results(self.curriculum.seen))
         drawn = self.curriculum.draw(self.curriculum.ask_for(self._groups))
+        self._filled = drawn.filled
         return pool.add(drawn.prompts, notes={"curriculum": self.curriculum.state()})
 
     def observe(self, reward: float) -> None:
@@ -97,9 +112,27 @@ class Graded:
             self.curriculum.advance()
             self._rewards = []
 
+    def probes(self) -> Sequence[Probe]:
+        """Of a stage that unseen tasks are not of, at most `grades.probe_samples` samples."""
+        left, found = self._grades.probe_samples, list[Probe]()
+        if self.curriculum.stages[self.curriculum.stage].unseen:
+            return found
+        for probe in self.curriculum.probes(left):
+            if left == 0:
+                break
+            found.append(dataclasses.replace(probe, samples=min(left, probe.samples)))
+            left -= found[-1].samples
+        return found
+
+    def probed(self, pool: Pool, given: Sequence[tuple[Probe, Sequence[float]]], step: int) -> None:
+        """None; noted in the pool as well."""
+        for probe, rewards in given:
+            self.curriculum.record(probe.env, probe.number, rewards, step)
+        pool.add((), notes={"curriculum": self.curriculum.state()})
+
     def scalars(self) -> Mapping[str, float]:
-        """As `Prompts`."""
-        return self.curriculum.scalars()
+        """As `Prompts`. filled: of the prompts drawn last, those that are not of the stage."""
+        return self.curriculum.scalars() | {"curriculum/filled": self._filled}
 
 
 class Sampler:
@@ -123,7 +156,7 @@ class Sampler:
         self.temperature = rl.sampling.temperature
         self.prompts, self._rl, self._seed, self._clock = prompts, rl, seed, clock
         self._leases: dict[str, tuple[Lease, dict[int, Trajectory]]] = {}
-        self._held_out: dict[tuple[str, int], Trajectory] = {}
+        self._asked: dict[tuple[str, int], Trajectory | None] = {}  # of `_answers`
         self._whole: list[tuple[Lease, dict[int, Trajectory]]] = []  # not committed yet
         self._polls = 0  # since there are any
         self._beat = clock()
@@ -170,25 +203,52 @@ class Sampler:
 
     def ask(self, numbers: Sequence[int], samples: int, sampling: Sampling) -> list[Trajectory]:
         """Samples of tasks that are not trained on, task by task. Raises: as `held_out`."""
-        jobs = [
-            Job(
-                f"{HELD_OUT}/{number}",
-                Prompt(HELD_OUT, number, samples, f"{HELD_OUT}/{number}"),
-                j,
-                dataclasses.replace(sampling, seed=seed_of(self._seed, f"{HELD_OUT}/{number}", j)),
-            )
-            for number in numbers
-            for j in range(samples)
-        ]
-        for job in jobs:
-            self.workers.start(job)
-        while len(self._held_out) < len(jobs):
-            self._absorb()
-        found, self._held_out = self._held_out, {}
-        bad = [one for one in found.values() if one.status in ("error", "aborted")]
+        prompts = [Prompt(HELD_OUT, n, samples, f"{HELD_OUT}/{n}") for n in numbers]
+        found = self._answers(prompts, sampling)
+        bad = [one for one in found if one.status in ("error", "aborted")]
         if bad:
             raise RuntimeError(f"{len(bad)} held-out episodes failed, {bad[0].task_id} among them")
-        return [found[job.name] for job in jobs]
+        return found
+
+    def probe(self, step: int) -> dict[str, float]:
+        """For the metrics, once the tasks that `prompts` wants to know of have been sampled with
+        weights of this step. A sample that failed counts as none.
+        """
+        asked = self.prompts.probes()
+        if not asked:
+            return {}
+        prompts = [
+            Prompt(p.env, p.number, p.samples, f"probe/{p.env}/{p.number}@{step}") for p in asked
+        ]
+        sampling = dataclasses.replace(self._rl.sampling, temperature=self.temperature)
+        answers = iter(self._answers(prompts, sampling))
+        given = [(one, [next(answers) for _ in range(one.samples)]) for one in asked]
+        ended = [
+            (one, [t.reward for t in found if t.status in ("done", "length")])
+            for one, found in given
+        ]
+        self.prompts.probed(self.pool, ended, step)
+        return {
+            "curriculum/probed": len(ended),
+            "curriculum/probe_samples": sum(len(rewards) for _, rewards in ended),
+        }
+
+    def _answers(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Trajectory]:
+        """Samples of prompts that no ledger knows, in their order; what else is under way goes
+        on.
+        """
+        jobs = [
+            Job(p.key, p, j, dataclasses.replace(sampling, seed=seed_of(self._seed, p.key, j)))
+            for p in prompts
+            for j in range(p.samples)
+        ]
+        self._asked = dict.fromkeys(job.name for job in jobs)
+        for job in jobs:
+            self.workers.start(job)
+        while any(one is None for one in self._asked.values()):
+            self._absorb()
+        found, self._asked = self._asked, {}
+        return [one for job in jobs if (one := found[job.name]) is not None]
 
     def park(self) -> None:
         """None; nothing is under way, and the pool has all that was drawn."""
@@ -223,8 +283,8 @@ class Sampler:
         under way, or `COMMIT_POLLS` after the first of them.
         """
         for job, one in self.workers.poll():
-            if job.key.startswith(HELD_OUT):
-                self._held_out[job.name] = one
+            if job.name in self._asked:
+                self._asked[job.name] = one
                 continue
             if job.key not in self._leases:
                 continue  # the lease was lost: another try has its place

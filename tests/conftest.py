@@ -16,10 +16,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # The suite is bound by compiling: LLVM's optimisations cost a third of it and win nothing on tiny
 # models.
 FAST_COMPILE = "--xla_backend_optimization_level=0"
+# The newer emitters take each fusion through MLIR, which is more than half of a step's compile.
+PLAIN_EMITTERS = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 # Eight devices share the cores: on a loaded machine one may be minutes late at a collective, and
 # XLA aborts the process after 40 seconds.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=300"
-for flag in (FAST_COMPILE, PATIENCE):
+for flag in (FAST_COMPILE, PLAIN_EMITTERS, PATIENCE):
     if PLATFORM == "cpu" and flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 

@@ -56,17 +56,16 @@ def test_a_packed_row_is_its_documents_apart(tiny):
     ids = tokens(1)
     segments, positions, documents = packed_row(ids)
     whole = forward(cfg)(params, ids, segments_BT=segments, positions_BT=positions)
-    ahead = mtp.forward(
-        params, whole.hidden_BTD, ids, cfg=cfg, positions_BT=positions, segments_BT=segments
-    )
+    guesses = jax.jit(functools.partial(mtp.forward, cfg=cfg))
+    ahead = guesses(params, whole.hidden_BTD, ids, positions_BT=positions, segments_BT=segments)
     start, load, balance = 0, 0, 0
     for document in documents:
-        alone = transformer.forward(params, document, cfg=cfg)
+        alone = forward(cfg)(params, document)
         n = document.shape[1]
         np.testing.assert_allclose(
             whole.hidden_BTD[:, start : start + n], alone.hidden_BTD, atol=1e-5
         )
-        guess = mtp.forward(params, alone.hidden_BTD, document, cfg=cfg)
+        guess = guesses(params, alone.hidden_BTD, document)
         np.testing.assert_allclose(ahead[:, start : start + n - 1], guess, atol=1e-5)
         start, load, balance = start + n, load + alone.load_LE, balance + alone.balance_LB
     np.testing.assert_array_equal(whole.load_LE, load)

@@ -14,6 +14,7 @@ from glm45_jax.kernels.routing import route
 from glm45_jax.model import config, transformer
 from glm45_jax.model.expert_parallel import GatherTokens, PaddedAllToAll
 from glm45_jax.sharding import MeshShape, Rules
+from tests.bits import UNFUSED
 
 CFG = dataclasses.replace(config.tiny(), n_mtp=0, impl=config.Impl(grouped_matmul="reference"))
 B, T, L, E, A = 4, 10, CFG.n_moe, CFG.moe.experts, CFG.moe.top_k
@@ -47,7 +48,7 @@ def passed(replays):
         )
         return (hidden.hidden_BTD**2 * jnp.arange(1.0, 65)[None, None]).mean(), hidden
 
-    return jax.jit(jax.value_and_grad(total, has_aux=True))
+    return jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=UNFUSED)
 
 
 def own_routes(hidden):

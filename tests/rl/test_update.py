@@ -36,6 +36,7 @@ from glm45_jax.rollout.engine import GlmEngine
 from glm45_jax.rollout.sampling import Sampling
 from glm45_jax.sharding import MeshShape
 from glm45_jax.train.parallel import Pmap
+from tests.bits import UNFUSED
 from tests.rl.common import trajectories
 
 T, ROWS = 24, 16
@@ -167,7 +168,8 @@ def gradient(update, inside=False):
         counts = count_all(batch)
         return loss_of_hidden(weights(), hidden_BTD, batch, counts, cfg=CFG, update=update).loss
 
-    return jax.jit(jax.grad(of_hidden) if inside else jax.grad(of_weights, has_aux=True))
+    found = jax.grad(of_hidden) if inside else jax.grad(of_weights, has_aux=True)
+    return jax.jit(found, compiler_options=UNFUSED)
 
 
 def test_the_gradient_is_exactly_zero_where_the_policy_did_not_write():

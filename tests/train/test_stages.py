@@ -170,7 +170,7 @@ def test_a_stage_that_cannot_be_is_named():
         dataclasses.replace(exp, train=dataclasses.replace(exp.train, steps=99))
 
 
-def staged(n_stages=2, steps=None):
+def staged(n_stages=2, steps=None, report=None):
     """Two steps of 32-token rows, then two of 64-token rows, best-fit, another RoPE base."""
     base = pretrain.tiny()
     common = {"mtp_weight": 0.1, "bias_rate": 0.0, "batch_tokens": 512, "tokens": 1024.0}
@@ -195,15 +195,13 @@ def staged(n_stages=2, steps=None):
     train = dataclasses.replace(
         base.train, steps=steps or total_steps(stages), save_every=1, keep=9, validate_every=0
     )
-    return dataclasses.replace(
-        base, stages=stages, train=train, report=pretrain.Report(), mesh=Pmap(1)
-    )
+    return dataclasses.replace(base, stages=stages, train=train, report=report, mesh=Pmap(1))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("staged") / "whole"
-    exp = staged()
+    exp = staged(report=pretrain.Report())
     assert exp.run(exp, workdir).step == 4
     return workdir
 

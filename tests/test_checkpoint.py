@@ -406,8 +406,8 @@ def test_two_processes_fall_back_together_when_only_one_sees_the_damage(tmp_path
         assert [process.wait(timeout=120) for process in started] == [0, 0]
 
     run(2)
-    (data,) = (directory / "2/state/ocdbt.process_1/d").iterdir()
-    damage(data, "a flipped bit")
+    files = (directory / "2/state/ocdbt.process_1/d").iterdir()
+    damage(max(files, key=lambda file: file.stat().st_size), "a flipped bit")
     run(3)
     checkpoints = Checkpoints(directory)
     assert checkpoints.steps() == [1, 2, 3]

@@ -264,7 +264,9 @@ def block_rows(tokens: int) -> list[dict[str, Any]]:
 
     forward: dict[str, Callable[[], Contender]] = {}
     backward: dict[str, Callable[[], Contender]] = {}
-    impls = ["auto"] if routing_gpu.refuses_places(x) else ["auto", "mosaic"]
+    impls = (
+        ["auto", "reference"] if routing_gpu.refuses_places(x) else ["auto", "reference", "mosaic"]
+    )
     for impl in impls:
         forward[f"glm45_jax, routing {impl}"] = functools.partial(
             of_jax, functools.partial(block, impl), *args

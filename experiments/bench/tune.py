@@ -12,16 +12,15 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments.bench.kernels import Contender, of_jax, race
+from experiments.bench.kernels import Contender, normal, of_jax, race, skewed
 from experiments.bench.seconds import BEGAN, said
 from glm45_jax.kernels import attention_gpu, decode_attention_gpu, tuning
 from glm45_jax.kernels import fp8_matmul_gpu as fp8_gpu
@@ -67,18 +66,9 @@ class Case:
         return f"{self.op} {' '.join(f'{k}={v}' for k, v in self.key.items())}"
 
 
-def normal(seed: int, shape: Sequence[int], dtype: Any = HALF) -> jax.Array:
-    """Normal numbers."""
-    return jax.random.normal(jax.random.key(seed), tuple(shape), dtype)
-
-
 def tiles_of(s: GroupedShape) -> Any:
-    """Tiles of skewed groups."""
-    share_E = np.random.default_rng(0).dirichlet(np.full(s.E, 8.0)) * (1 - s.skew)
-    share_E[0] += s.skew
-    rows_E = np.floor(share_E * s.R).astype(np.int32)
-    rows_E[-1] += s.R - rows_E.sum()
-    return lay_tiles(jnp.asarray(rows_E), n_rows=s.R, rows=tile_rows(s.R, s.E))
+    """Tiles of the groups that `bench.kernels` multiplies."""
+    return lay_tiles(jnp.asarray(skewed(s.R)), n_rows=s.R, rows=tile_rows(s.R, s.E))
 
 
 def plans() -> tuple[grouped_gpu.Plan, ...]:

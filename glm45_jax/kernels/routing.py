@@ -26,7 +26,7 @@ class Routing:
     expert_MA: chosen experts, best biased score first, int32. gate_MA: their weights, float32.
     order_R: for each of the R = M * A rows in expert order, its index m * A + a. rows_E: rows of
     each expert, int32, padding included. copies: the implementation of `permute` and `combine` for
-    these rows: "mosaic" where that was asked for by name, else "auto".
+    these rows: that asked for by name where they have it, else "auto".
     """
 
     expert_MA: jax.Array
@@ -61,7 +61,7 @@ def route(
         top_k=top_k, groups=groups, top_groups=top_groups, norm_topk=norm_topk, scale=scale
     )
     own = pick("routing", IMPLS, impl, logits_ME, bias_E, **kwargs)(logits_ME, bias_E, **kwargs)
-    own = own.replace(copies="mosaic" if impl == "mosaic" else "auto")
+    own = own.replace(copies=impl if impl in {i.name for i in PERMUTES} else "auto")
     if routes_MA is None:
         return own
     routes_MA = routes_MA.astype(jnp.int32)
@@ -344,7 +344,7 @@ PERMUTES = (
     Implementation("reference", _gathered, anything, ("cpu", "gpu", "tpu")),
 )
 COMBINES = (
-    # By name: faster alone, and the whole block with it is slower (docs/log.md).
+    # By name: faster alone, and the block with all three kernels was no faster (docs/log.md).
     Implementation("mosaic", put_back, _rows_supports, ()),
     Implementation("reference", _weighed, anything, ("cpu", "gpu", "tpu")),
 )

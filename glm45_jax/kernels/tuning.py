@@ -26,7 +26,7 @@ def tuned[Sizes](op: str, default: Sizes, **key: int) -> Sizes:
     default: a frozen dataclass, by the kernel's own rule. Raises: ValueError for a table with a
     size that the kernel does not have.
     """
-    sizes = table(getattr(device(), "device_kind", "")).get((op, tuple(sorted(key.items()))))
+    sizes = table(device().device_kind).get((op, tuple(sorted(key.items()))))
     if not sizes:
         return default
     try:

@@ -150,7 +150,8 @@ def _step(run: Run, now: _Standing, stop: Callable[[], bool]) -> None:
     with clock.phase("evaluate"):
         if rl.temperature is not None:
             scalars |= _look_at_temperature(run, now, scalars["reward"])
-        scalars |= run.sampler.probe(now.step)
+        if now.step < run.steps:  # nothing is drawn after the last batch
+            scalars |= run.sampler.probe(now.step)
         if _due(rl.evaluation.every, now.step, run.steps):
             scalars |= evaluate(run) | _canaries(run, now)
     if run.save_every and now.step % run.save_every == 0:

@@ -5,6 +5,7 @@ the trainer, held-out tasks. The type to know is `Sampler`; `Prompts` says what 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -221,16 +222,14 @@ class Sampler:
             Prompt(p.env, p.number, p.samples, f"probe/{p.env}/{p.number}@{step}") for p in asked
         ]
         sampling = dataclasses.replace(self._rl.sampling, temperature=self.temperature)
-        answers = iter(self._answers(prompts, sampling))
-        given = [(one, [next(answers) for _ in range(one.samples)]) for one in asked]
-        ended = [
-            (one, [t.reward for t in found if t.status in ("done", "length")])
-            for one, found in given
-        ]
-        self.prompts.probed(self.pool, ended, step)
+        answers, given = iter(self._answers(prompts, sampling)), []
+        for one in asked:
+            found = itertools.islice(answers, one.samples)
+            given.append((one, [t.reward for t in found if t.status in ("done", "length")]))
+        self.prompts.probed(self.pool, given, step)
         return {
-            "curriculum/probed": len(ended),
-            "curriculum/probe_samples": sum(len(rewards) for _, rewards in ended),
+            "curriculum/probed": len(given),
+            "curriculum/probe_samples": sum(len(rewards) for _, rewards in given),
         }
 
     def _answers(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Trajectory]:

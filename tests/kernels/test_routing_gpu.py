@@ -126,6 +126,7 @@ def test_copies_by_name_follow_the_routing_and_say_why_they_cannot_run(monkeypat
         return jax.eval_shape(asked, logits, bias).copies
 
     assert [copies(impl) for impl in ("auto", "counting", "mosaic")] == ["auto", "auto", "mosaic"]
+    assert copies("reference") == "reference"
 
 
 @pytest.mark.gpu

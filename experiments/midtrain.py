@@ -107,7 +107,8 @@ STAGES = _stages()
 
 def glm45() -> Experiment:
     """All five stages of GLM-4.5 on 512 accelerators; `pretrain:glm45` has the first two. On H100s
-    those of 32K and 128K do not fit so, on v5p the last one: `glm45_long` goes on in its workdir.
+    and v6e those of 32K and 128K do not fit so, on v5p the last one: `glm45_long` goes on in its
+    workdir, on v6e `glm45_v6e_long` after that.
     """
     return _full(pretrain.glm45(), "glm45_recipe", MeshShape(data=1, fsdp=64, expert=8))
 
@@ -121,8 +122,8 @@ def glm45_air() -> Experiment:
 
 def glm45_long() -> Experiment:
     """`glm45` with rows split over 8 devices, which the experts share: for its stages of 32K and
-    128K, from where `glm45` was stopped, in its workdir. h100:64x8, where a host holds a row, and
-    v5p:8x8x8.
+    128K, from where `glm45` was stopped, in its workdir. h100:64x8, where a host holds a row,
+    v5p:8x8x8, and for 32K 2*v6e:16x16.
     """
     return _split_rows(glm45())
 
@@ -137,10 +138,17 @@ def glm45_air_v6e_long() -> Experiment:
     return _split_rows(glm45_air(), over=16)
 
 
-def _split_rows(exp: Experiment, over: int = 8) -> Experiment:
-    """The same devices, `over` of them a row."""
+def glm45_v6e_long() -> Experiment:
+    """`glm45_long` on twice as many chips, of 31 GiB, 32 of them a row: for the last stage, from
+    where `glm45_long` was stopped, in its workdir. 4*v6e:16x16.
+    """
+    return _split_rows(glm45(), over=32, times=2)
+
+
+def _split_rows(exp: Experiment, over: int = 8, times: int = 1) -> Experiment:
+    """The same devices, or so many times as many, `over` of them a row."""
     assert isinstance(exp.mesh, MeshShape)
-    rows = exp.mesh.fsdp * exp.mesh.expert // over
+    rows = times * exp.mesh.fsdp * exp.mesh.expert // over
     return dataclasses.replace(
         exp,
         mesh=MeshShape(data=1, fsdp=rows, context=over),

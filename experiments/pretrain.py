@@ -92,7 +92,7 @@ def glm45_air_v6e() -> Experiment:
 
 
 def glm45() -> Experiment:
-    """GLM-4.5, 355B-A32B, on 512 accelerators: v5p:8x8x8, h100:64x8."""
+    """GLM-4.5, 355B-A32B, on 512 accelerators: v5p:8x8x8, 2*v6e:16x16, h100:64x8."""
     return _full(config.glm45(), "glm45", MeshShape(data=1, fsdp=64, expert=8))
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is measured on a GPU machine, part by part: each writes its rows into the result file beside those of the others.
-# usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]      parts: tests kernels train air muon rollout speculation (all of them)
+# usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]      parts: tests kernels train air muon rollout speculation recipe rl (all of them), tune, pair
 # MINUTES (default 10) ends a part that takes longer; the parts after it still run.
 set -uo pipefail
 out=${1:?usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]}
@@ -23,7 +23,12 @@ run_kernels() {
   bench kernels_attention
   bench kernels_decode
   bench kernels_routing
+  bench kernels_routing --block
   bench kernels_fp8
+}
+run_tune() { # sizes of kernels: they are read by whatever runs after it
+  bench tune
+  cp glm45_jax/kernels/tuned/*.json "$out"/
 }
 run_train() { bench train_step --peer; }
 run_air() { bench air_step; }
@@ -51,9 +56,19 @@ run_speculation() { # tokens: made where the data packages are, by bench.specula
   bench speculation --tokens "$tokens" --steps 200 --batches 64 --drafts 2 3
   bench speculation --tokens "$tokens" --steps 200 --batches 1 64 --drafts 0 3
 }
+run_recipe() { # text: made where the data packages are, by bench.recipe --prepare
+  bench recipe recipe
+  bench recipe ablation
+}
+run_rl() { bench rl --write; }
+run_pair() { # a host with two GPUs or more
+  bench expert_parallel
+  (export XLA_FLAGS=--xla_gpu_disable_async_collectives=ALLTOALL && bench expert_parallel)
+  bench context_parallel --time
+}
 
-[ $# -gt 0 ] || set -- tests kernels train air muon rollout speculation
+[ $# -gt 0 ] || set -- tests kernels train air muon rollout speculation recipe rl
 for part in "$@"; do
-  declare -F "run_$part" >/dev/null || { echo "no part $part; tests kernels train air muon rollout speculation" >&2; exit 2; }
+  declare -F "run_$part" >/dev/null || { echo "no part $part; see the head of this file" >&2; exit 2; }
 done
 for part in "$@"; do "run_$part"; done

@@ -169,12 +169,12 @@ def trainer_view(
     of the model's distribution of tokens 2 .. T with MTP's. [B, T - 1] each. routes: the engine's.
     """
     hidden = transformer.forward(params, tokens_BT, cfg=cfg, routes_BTLA=routes_BTLA)
-    ahead = mtp.forward_all(params, hidden.hidden_BTD, tokens_BT, cfg=cfg)
+    ahead_BTD = mtp.forward(params, hidden.hidden_BTD, tokens_BT, cfg=cfg)
     logits_BTV = transformer.logits(params, hidden, cfg=cfg)
     logp_BTV = jax.nn.log_softmax(logits_BTV[:, :-1], axis=-1)
     logp_BT = jnp.take_along_axis(logp_BTV, tokens_BT[:, 1:, None], axis=-1)[:, :, 0]
     p_BTV = jax.nn.softmax(logits_BTV[:, 1:] / heat, axis=-1)
-    q_BTV = jax.nn.softmax(transformer.logits(params, ahead, cfg=cfg) / heat, axis=-1)
+    q_BTV = jax.nn.softmax(transformer.logits(params, ahead_BTD, cfg=cfg) / heat, axis=-1)
     return logp_BT, jnp.minimum(p_BTV, q_BTV).sum(axis=-1)
 
 

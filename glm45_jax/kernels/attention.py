@@ -5,6 +5,9 @@ A query sees a key of its own segment whose position is not later. Softmax in fl
 
 from __future__ import annotations
 
+import ctypes.util
+import functools
+import importlib.util
 import math
 
 import jax
@@ -110,6 +113,8 @@ def _cudnn(q_BTNH, k_BSKH, v_BSKH, **_):
 def _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
     if device().platform != "gpu":
         return "cudnn is for GPU"
+    if not _cudnn_there():
+        return "cuDNN is not installed here; pip install 'jax[cuda13]' brings it"
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cudnn takes 16-bit floats, not {q_BTNH.dtype}"
     if q_BTNH.shape[1] != k_BSKH.shape[1]:
@@ -121,6 +126,16 @@ def _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, **masks) -> str | None:
     if q_BTNH.shape[-1] % 8 or q_BTNH.shape[-1] > 128:
         return f"head width {q_BTNH.shape[-1]} is not a multiple of 8 up to 128"
     return None
+
+
+@functools.cache
+def _cudnn_there() -> bool:
+    """Whether its library can be found: a compiler without a GPU comes without it."""
+    try:
+        wheel = importlib.util.find_spec("nvidia.cudnn")
+    except ModuleNotFoundError:  # of the package that would hold it
+        wheel = None
+    return wheel is not None or ctypes.util.find_library("cudnn") is not None
 
 
 def _mosaic(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_):
@@ -234,8 +249,8 @@ def _mosaic_yields(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_) -> str | No
     (H100, jax 0.11.2, experiments/bench/kernels_attention.py).
     """
     T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
-    if segments_BT is not None:
-        return None
+    if _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT):
+        return None  # nothing to yield to
     if H == 64:
         return "mosaic is slower than cudnn with heads of 64 (353 · 363 TFLOP/s)"
     if T > 4096:

@@ -41,12 +41,15 @@ class Block:
 class Flow:
     """What every layer of one forward pass shares: rotation, segments, positions, cache slots when
     decoding, and how rows meet their keys as they lie on the devices.
+
+    valid_BT: which places are counted; None for those of a segment above 0, or all.
     """
 
     turn: Any
     positions_BT: jax.Array | None
     segments_BT: jax.Array | None
     slots: Slots | None = None
+    valid_BT: jax.Array | None = None
     attend: Any = struct.field(pytree_node=False, default=attention)
 
 
@@ -110,6 +113,7 @@ def block(
                 p.ffn,
                 normed_BTD,
                 segments_BT=flow.segments_BT,
+                valid_BT=flow.valid_BT,
                 impl_route=cfg.impl.routing,
                 impl_matmul=cfg.impl.grouped_matmul,
                 routes_BTA=routes_BTA,

@@ -122,7 +122,7 @@ def layout(
 def mixture(
     x_BTD: jax.Array,
     logits_BTE: jax.Array,
-    segments_BT: jax.Array | None,
+    valid_BT: jax.Array | None,
     bias_E: jax.Array,
     weights: ExpertWeights,
     *,
@@ -133,8 +133,9 @@ def mixture(
 ) -> Mixed:
     """The routed experts of every token: x[B/batch, T/seq, D] -> y[B/batch, T/seq, D].
 
-    On a mesh by `Rules.exchange`. segments_BT: 0 is padding, which meets its experts and is counted
-    in no load. routes_BTA: experts to take in place of the router's, see `kernels.routing.route`.
+    On a mesh by `Rules.exchange`. valid_BT: bool; where False a token meets its experts and is
+    counted in no load. routes_BTA: experts to take in place of the router's, see
+    `kernels.routing.route`.
 
     Raises: ValueError where the experts do not divide, or the exchange cannot run on these devices.
     """
@@ -142,7 +143,7 @@ def mixture(
     ambient = sharding.current()
     if ambient is None:
         alone = dict(lay=Layout(), exchange=GatherWeights())
-        return body(x_BTD, logits_BTE, segments_BT, routes_BTA, bias_E, weights, **alone)
+        return body(x_BTD, logits_BTE, valid_BT, routes_BTA, bias_E, weights, **alone)
     mesh, rules = ambient
     E, D, F = weights.gate_EDF.shape
     platform = mesh.devices.flat[0].platform
@@ -156,11 +157,11 @@ def mixture(
     if is_fp8(weights.gate_EDF):  # outputs first, scales by blocks: split by experts alone
         lay = dataclasses.replace(lay, embed=(), mlp=())
     T, parts = x_BTD.shape[1], sharding.ways(lay.seq, mesh.shape)
-    if T % parts:  # MTP has T - 1 positions
-        if segments_BT is None:
-            segments_BT = jnp.ones(x_BTD.shape[:2], jnp.int32)
-        x_BTD, logits_BTE, segments_BT = (
-            _pad_time(x, -T % parts) for x in (x_BTD, logits_BTE, segments_BT)
+    if T % parts:
+        if valid_BT is None:
+            valid_BT = jnp.ones(x_BTD.shape[:2], bool)
+        x_BTD, logits_BTE, valid_BT = (
+            _pad_time(x, -T % parts) for x in (x_BTD, logits_BTE, valid_BT)
         )
         if routes_BTA is not None:
             routes_BTA = _pad_time(routes_BTA, -T % parts, -1)
@@ -170,12 +171,12 @@ def mixture(
         in_specs=(lay.tokens, lay.tokens, lay.tokens, lay.tokens, PartitionSpec(), lay.weights),
         out_specs=Mixed(lay.tokens, PartitionSpec(), PartitionSpec()),
         check_vma=False,
-    )(x_BTD, logits_BTE, segments_BT, routes_BTA, bias_E, weights)
+    )(x_BTD, logits_BTE, valid_BT, routes_BTA, bias_E, weights)
     return mixed.replace(y_BTD=mixed.y_BTD[:, :T])
 
 
 def _mixture(
-    x_btD, logits_btE, segments_bt, routes_btA, bias_E, weights, *, route, apply, lay, exchange
+    x_btD, logits_btE, valid_bt, routes_btA, bias_E, weights, *, route, apply, lay, exchange
 ):
     """One device: route, gather what is split of our experts, let tokens and experts meet."""
     b, t, D = x_btD.shape
@@ -191,7 +192,7 @@ def _mixture(
     y_mD, spilled = exchange(x_btD.reshape(b * t, D), r, weights, group=lay.group, apply=apply)
     if lay.mlp:
         y_mD = lax.psum(y_mD, lay.mlp)  # after the sum over experts: m rows, not m·A
-    valid_m = None if segments_bt is None else segments_bt.reshape(-1) > 0
+    valid_m = None if valid_bt is None else valid_bt.reshape(-1)
     load_E = count_rows(r.expert_MA, r.rows_E.shape[0], valid_m)
     if lay.group.everyone:
         load_E = lax.psum(load_E, lay.group.everyone)
@@ -467,6 +468,6 @@ def _swap(x_XC: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _pad_time(x_BT: jax.Array, more: int, value: int = 0) -> jax.Array:
-    """Zeros after the last position: segment 0 is padding."""
+    """Zeros after the last position, of a mask False."""
     widths = [(0, 0), (0, more)] + [(0, 0)] * (x_BT.ndim - 2)
     return jnp.pad(x_BT, widths, constant_values=value)

@@ -134,17 +134,22 @@ class Moe:
         x_BTD: jax.Array,
         *,
         segments_BT: jax.Array | None,
+        valid_BT: jax.Array | None = None,
         impl_route: str,
         impl_matmul: str,
         routes_BTA: jax.Array | None = None,
     ) -> MoeOut:
         """Routed plus shared experts. Dropless: every token meets its top_k experts, padding too.
 
-        routes_BTA: experts of each token chosen elsewhere, -1 where this router shall choose.
+        segments_BT: documents of a row, each balanced by itself. valid_BT: places that load and
+        balance count; None for those of a segment above 0, or all. routes_BTA: experts of each
+        token chosen elsewhere, -1 where this router shall choose.
 
         On a mesh tokens and experts meet as `Rules.exchange` says: x[B/batch, T/seq, D] -> y of the
         same layout.
         """
+        if valid_BT is None and segments_BT is not None:
+            valid_BT = segments_BT > 0
         logits_BTE = jnp.einsum(
             "btd,de->bte",
             x_BTD.astype(jnp.float32),  # router
@@ -158,7 +163,7 @@ class Moe:
         mixed = mixture(
             x_BTD,
             logits_BTE,
-            segments_BT,
+            valid_BT,
             p.bias_E,
             weights,
             top_k=self.top_k,
@@ -175,37 +180,47 @@ class Moe:
             routes_BTA=routes_BTA,
         )
         balance_B = _over_rows(functools.partial(balance, top_k=self.top_k))(
-            logits_BTE, segments_BT
+            logits_BTE, segments_BT, valid_BT
         )
         y_BTD = mixed.y_BTD if p.shared is None else mixed.y_BTD + swiglu(p.shared, x_BTD)
         return MoeOut(y_BTD, mixed.load_E, balance_B, logits_BTE, mixed.spilled)
 
 
-def balance(logits_BTE: jax.Array, segments_BT: jax.Array | None, *, top_k: int) -> jax.Array:
+def balance(
+    logits_BTE: jax.Array,
+    segments_BT: jax.Array | None,
+    valid_BT: jax.Array | None = None,
+    *,
+    top_k: int,
+) -> jax.Array:
     """Sequence-wise balance term, alpha = 1, summed over each row's documents: float32 [B].
 
     f counts the top_k of the *unbiased* scores and has no gradient; P is the mean of the normalised
-    scores. Each document of a packed row is a sequence of its own (docs/adr/0007). Source: spec
-    2.5.
+    scores. Each document of a packed row is a sequence of its own (docs/adr/0007); places that are
+    not valid, by default those of segment 0, are in none. Source: spec 2.5.
     """
-    _, T, E = logits_BTE.shape
+    B, T, E = logits_BTE.shape
+    if valid_BT is None:
+        valid_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
     score_BTE = jax.nn.sigmoid(logits_BTE)
     share_BTE = score_BTE / score_BTE.sum(axis=-1, keepdims=True)
     _, chosen_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTE), top_k)
     hit_BTE = jax.nn.one_hot(chosen_BTA, E, dtype=jnp.float32).sum(axis=2)
+    counted_BT = valid_BT.astype(jnp.float32)
     if segments_BT is None:
-        f_BE = hit_BTE.sum(axis=1) * (E / (top_k * T))
-        return jnp.einsum("be,be->b", f_BE, share_BTE.mean(axis=1))
+        tokens_B1 = counted_BT.sum(axis=1, keepdims=True)
+        f_BE = (hit_BTE * counted_BT[..., None]).sum(axis=1) * (E / top_k) / tokens_B1
+        p_BE = (share_BTE * counted_BT[..., None]).sum(axis=1) / tokens_B1
+        return (f_BE * p_BE).sum(axis=1)
 
-    def one(hit_TE, share_TE, segment_T):
-        valid_T = (segment_T > 0).astype(jnp.float32)
+    def one(hit_TE, share_TE, segment_T, valid_T):
         total = functools.partial(jax.ops.segment_sum, segment_ids=segment_T, num_segments=T + 1)
         tokens_Z = jnp.maximum(total(valid_T), 1.0)  # Z: documents of the row; 0 is padding
         f_ZE = total(hit_TE * valid_T[:, None]) * (E / top_k) / tokens_Z[:, None]
         p_ZE = total(share_TE * valid_T[:, None]) / tokens_Z[:, None]
         return (f_ZE * p_ZE).sum()
 
-    return jax.vmap(one)(hit_BTE, share_BTE, segments_BT)
+    return jax.vmap(one)(hit_BTE, share_BTE, segments_BT, counted_BT)
 
 
 def _over_rows(f):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from glm45_jax.model.block import compute_dtype, stack
 from glm45_jax.model.cache import KVCache
 from glm45_jax.model.config import ModelConfig
-from glm45_jax.model.context_parallel import lanes, spread
+from glm45_jax.model.context_parallel import spread
 from glm45_jax.model.norm import rms_norm
 from glm45_jax.model.transformer import (
     Hidden,
@@ -40,7 +40,7 @@ def forward(
     """
     return forward_all(
         params, hidden_BTD, tokens_BT, cfg=cfg, positions_BT=positions_BT, segments_BT=segments_BT
-    ).hidden_BTD
+    ).hidden_BTD[:, :-1]
 
 
 def forward_all(
@@ -53,35 +53,28 @@ def forward_all(
     segments_BT: jax.Array | None = None,
     keep_router_logits: bool = False,
 ) -> Hidden:
-    """`forward`, with the load and balance term of the layer's own router (L = 1).
+    """`forward`, with the load and balance term of the layer's own router (L = 1). All T places:
+    the last one, which has no next token, means nothing and counts nowhere. It stays so that the
+    shapes are the trunk's, whose kernels serve again, and divide over devices as those do.
 
     Whether GLM balances this router is UNVERIFIED; its checkpoint has a bias for it, and Megatron
     balances it.
 
     Raises: ValueError for a model without the layer.
     """
-    mtp, T = _layer(params), tokens_BT.shape[1]
-    next_BT, inner_BT = tokens_BT[:, 1:], None
+    mtp, inner_BT = _layer(params), None
     if segments_BT is not None:
-        inner_BT = inner_segments(segments_BT)
-    if lanes() is None:
-        hidden_BTD = hidden_BTD[:, :-1]
-        positions_BT = None if positions_BT is None else positions_BT[:, :-1]
-    else:  # rows must divide over their devices: the last place stays, as padding
-        inner_BT = jnp.ones(next_BT.shape, jnp.int32) if inner_BT is None else inner_BT
-        next_BT, inner_BT = (jnp.pad(x, ((0, 0), (0, 1))) for x in (next_BT, inner_BT))
+        inner_BT = _one_more(inner_segments(segments_BT))
+    next_BT = _one_more(tokens_BT[:, 1:])
     x_BTD = _join(params, spread(hidden_BTD), spread(next_BT), cfg)
     flow = spread_flow(cfg, next_BT.shape, positions_BT, inner_BT)
+    if inner_BT is None:
+        flow = flow.replace(valid_BT=spread(_one_more(jnp.ones_like(tokens_BT[:, 1:], bool))))
     v_BTD, out = stack(mtp.block, x_BTD, flow, cfg=cfg, keep_logits=keep_router_logits)
     normed_BTD = rms_norm(v_BTD, mtp.norm_D[0], cfg.norm_eps)
     assert out.spilled is not None
     ahead = Hidden(normed_BTD, out.load_E, out.balance_B, out.logits_BTE, out.spilled.sum())
-    ahead = joined(ahead)
-    logits_LBTE = ahead.router_logits_LBTE
-    return ahead.replace(
-        hidden_BTD=ahead.hidden_BTD[:, : T - 1],
-        router_logits_LBTE=None if logits_LBTE is None else logits_LBTE[:, :, : T - 1],
-    )
+    return joined(ahead)
 
 
 def decode(
@@ -129,6 +122,11 @@ def inner_segments(segments_BT: jax.Array) -> jax.Array:
     """
     here_BT, next_BT = segments_BT[:, :-1], segments_BT[:, 1:]
     return jnp.where(here_BT == next_BT, here_BT, 0)
+
+
+def _one_more(x_BT: jax.Array) -> jax.Array:
+    """A place at the end, of zeros."""
+    return jnp.pad(x_BT, ((0, 0), (0, 1)))
 
 
 def _layer(params: Params) -> Mtp:

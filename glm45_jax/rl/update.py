@@ -29,7 +29,7 @@ from glm45_jax.rl.correction import Correction
 from glm45_jax.rl.loss import PolicyCounts, Reduction, TokenMean, count, policy_loss
 from glm45_jax.rl.objective import Clip, Kl, Objective, excess
 from glm45_jax.sharding import MeshShape, Rules
-from glm45_jax.train.loss import LossOut, cross_entropy_sum, mtp_mask, target_nll
+from glm45_jax.train.loss import LossOut, mtp_mask, mtp_nll_sum, target_nll
 from glm45_jax.train.parallel import Pmap, Trainer, make_trainer
 from glm45_jax.train.state import TrainState
 from glm45_jax.train.step import StepOut, descend, row_by_row, summed, vocabulary_in_float32
@@ -301,10 +301,7 @@ def mtp_nll(
         positions_BT=rows.positions_BT,
         segments_BT=rows.segments_BT,
     )
-    nll = cross_entropy_sum(
-        still, ahead.hidden_BTD, rows.targets_BT[:, 1:], mtp_mask(rows), cfg=cfg
-    )
-    return nll, ahead
+    return mtp_nll_sum(still, ahead.hidden_BTD, rows, cfg=cfg), ahead
 
 
 def trunk(params: Params, batch: RlBatch, *, cfg: ModelConfig, replay: bool) -> transformer.Hidden:

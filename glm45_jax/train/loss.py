@@ -101,9 +101,7 @@ def loss(
             cfg=cfg,
             **_documents(batch, packed),
         )
-        nll = cross_entropy_sum(
-            params, ahead.hidden_BTD, batch.targets_BT[:, 1:], mtp_mask(batch), cfg=cfg
-        )
+        nll = mtp_nll_sum(params, ahead.hidden_BTD, batch, cfg=cfg)
         parts["mtp"] = nll / _at_least_one(denominators.mtp_tokens)
         total = total + weights.mtp * parts["mtp"]
         balance, load_LE = (
@@ -139,6 +137,15 @@ def cross_entropy_sum(
 ) -> jax.Array:
     """Sum of -log p(target) where the mask is 1, float32."""
     return (_nll(params, hidden_BTD, targets_BT, cfg, None) * mask_BT).sum()
+
+
+def mtp_nll_sum(
+    params: Params, ahead_BTD: jax.Array, batch: Batch, *, cfg: ModelConfig
+) -> jax.Array:
+    """Sum of MTP's -log p(token i + 2) where `mtp_mask` is 1, float32. ahead_BTD: all T places."""
+    after = (batch.targets_BT[:, 1:], mtp_mask(batch))
+    targets_BT, mask_BT = (jnp.pad(x, ((0, 0), (0, 1))) for x in after)
+    return cross_entropy_sum(params, ahead_BTD, targets_BT, mask_BT, cfg=cfg)
 
 
 def target_nll(

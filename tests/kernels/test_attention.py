@@ -7,6 +7,7 @@ real. Those for TPU run in an interpreter, and test_attention_tpu.py compiles th
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from glm45_jax.kernels import attention as op
 from glm45_jax.kernels import attention_gpu as gpu
 from glm45_jax.kernels import attention_tiles as tiles
 from glm45_jax.kernels import attention_tpu as tpu
+from glm45_jax.kernels import dispatch
 from glm45_jax.kernels.attention_tiles import tiled_attention
 from glm45_jax.kernels.shapes import ATTENTION, AttentionShape
 
@@ -268,6 +270,19 @@ def test_on_a_mesh_each_device_runs_its_own_rows_and_heads(monkeypatch):
         out = jax.jit(op._mosaic)(q, k, v, segments_BT=segments(shape))
     np.testing.assert_allclose(out, alone, atol=1e-6)
     assert seen == [((1, 24, 3, 16), (1, 24, 1, 16), (1, 24))]
+
+
+@pytest.mark.parametrize(("there", "taken"), [(True, "_cudnn"), (False, "_mosaic")])
+def test_mosaic_yields_to_cudnn_only_where_it_is_installed(there, taken, monkeypatch):
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    for module in (dispatch, op):
+        monkeypatch.setattr(module, "device", lambda: hopper)
+    monkeypatch.setattr(op, "_cudnn_there", lambda: there)
+    q, k = (jax.ShapeDtypeStruct((1, 2048, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    assert dispatch.pick("attention", op.IMPLS, "auto", q, k, k).__name__ == taken
+    # GLM's heads, in rows of a training batch: mosaic is the faster one.
+    q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 128), jnp.bfloat16) for heads in (96, 8))
+    assert dispatch.pick("attention", op.IMPLS, "auto", q, k, k).__name__ == "_mosaic"
 
 
 @pytest.mark.gpu

@@ -51,25 +51,45 @@ def test_future_tokens_have_no_gradient_on_the_past(tiny):
     assert (np.abs(grad[:, :9]).max(axis=(0, 2)) > 0).all()
 
 
+@functools.cache
+def forward_mtp(cfg):
+    return jax.jit(functools.partial(mtp.forward_all, cfg=cfg))
+
+
 def test_a_packed_row_is_its_documents_apart(tiny):
     cfg, params = tiny
     ids = tokens(1)
     segments, positions, documents = packed_row(ids)
-    whole = forward(cfg)(params, ids, segments_BT=segments, positions_BT=positions)
-    guesses = jax.jit(functools.partial(mtp.forward, cfg=cfg))
-    ahead = guesses(params, whole.hidden_BTD, ids, positions_BT=positions, segments_BT=segments)
-    start, load, balance = 0, 0, 0
+    where = dict(segments_BT=segments, positions_BT=positions)
+    whole = forward(cfg)(params, ids, **where)
+    ahead = forward_mtp(cfg)(params, whole.hidden_BTD, ids, **where)
+    start, apart = 0, []
     for document in documents:
         alone = forward(cfg)(params, document)
+        guess = forward_mtp(cfg)(params, alone.hidden_BTD, document)
+        apart.append((alone, guess))
         n = document.shape[1]
-        np.testing.assert_allclose(
-            whole.hidden_BTD[:, start : start + n], alone.hidden_BTD, atol=1e-5
-        )
-        guess = guesses(params, alone.hidden_BTD, document)
-        np.testing.assert_allclose(ahead[:, start : start + n - 1], guess, atol=1e-5)
-        start, load, balance = start + n, load + alone.load_LE, balance + alone.balance_LB
-    np.testing.assert_array_equal(whole.load_LE, load)
-    np.testing.assert_allclose(whole.balance_LB, balance, rtol=1e-5)
+        for ours, its, places in ((whole, alone, n), (ahead, guess, n - 1)):
+            np.testing.assert_allclose(
+                ours.hidden_BTD[:, start : start + places], its.hidden_BTD[:, :places], atol=1e-5
+            )
+        start += n
+    for ours, each in zip((whole, ahead), zip(*apart, strict=True), strict=True):
+        np.testing.assert_array_equal(ours.load_LE, sum(one.load_LE for one in each))
+        np.testing.assert_allclose(ours.balance_LB, sum(one.balance_LB for one in each), rtol=1e-5)
+
+
+def test_the_last_place_of_mtp_counts_nowhere(tiny):
+    cfg, params = tiny
+    ids = tokens()
+    hidden = forward(cfg)(params, ids).hidden_BTD
+    ours = forward_mtp(cfg)(params, hidden, ids)
+    other = forward_mtp(cfg)(params, hidden.at[:, -1].multiply(-3.0), ids)
+    assert float(jnp.abs(other.hidden_BTD[:, -1] - ours.hidden_BTD[:, -1]).max()) > 0.1
+    np.testing.assert_array_equal(other.hidden_BTD[:, :-1], ours.hidden_BTD[:, :-1])
+    np.testing.assert_array_equal(other.load_LE, ours.load_LE)
+    np.testing.assert_array_equal(other.balance_LB, ours.balance_LB)
+    assert ours.load_LE.sum() == 2 * (T - 1) * cfg.moe.top_k
 
 
 def test_positions_shift_freely_within_a_document(tiny):

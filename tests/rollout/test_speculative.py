@@ -131,8 +131,8 @@ def next_guess(params, state, table_BP, cfg):
 def guesses(params, tokens_BT, cfg):
     """MTP's logits of every token, as the trainer computes them."""
     hidden = transformer.forward(params, tokens_BT, cfg=cfg)
-    ahead = mtp.forward_all(params, hidden.hidden_BTD, tokens_BT, cfg=cfg)
-    return transformer.logits(params, ahead, cfg=cfg)
+    ahead_BTD = mtp.forward(params, hidden.hidden_BTD, tokens_BT, cfg=cfg)
+    return transformer.logits(params, ahead_BTD, cfg=cfg)
 
 
 def test_mtp_reads_what_the_trainer_gives_it_whatever_was_drafted_shared_or_preempted(drafter):

@@ -268,20 +268,25 @@ COMPILED = (
     (PRETRAIN + "glm45_air", None, "v5p:4x4x4", (), 49.09),
     (MIDTRAIN + "glm45_long", "long_agent", "v5p:8x8x8", (), 44.48),
     (MIDTRAIN + "glm45", "repositories", "v5p:8x8x8", (), 71.58),
-    (MIDTRAIN + "glm45_air_long", "long_agent", "v5p:4x8x8", (), 28.85),
-    (PRETRAIN + "glm45", None, "2*v6e:16x16", (), 28.35),
     (MIDTRAIN + "glm45_long", "repositories", "2*v6e:16x16", (), 28.29),
     (MIDTRAIN + "glm45_v6e_long", "long_agent", "4*v6e:16x16", (), 28.44),
     (MIDTRAIN + "glm45_air_v6e_long", "repositories", "v6e:16x16", (), 18.32),
 )
+LESS_NEAR = (  # 13% too much, 10.4% too little
+    (MIDTRAIN + "glm45_air_long", "long_agent", "v5p:4x8x8", (), 28.85),
+    (PRETRAIN + "glm45", None, "2*v6e:16x16", (), 28.35),
+)
 
 
-@pytest.mark.parametrize("name,stage,target,sets,said", COMPILED, ids=lambda x: str(x))
+@pytest.mark.parametrize("name,stage,target,sets,said", COMPILED + LESS_NEAR, ids=lambda x: str(x))
 def test_the_estimate_is_near_what_the_compiler_said(name, stage, target, sets, said):
     exp, rows = compiling.part(values.override(values.find(name)(), sets), stage)
     where = targets.parse(target)
     held = nearest.terms(exp, rows, where)["total"] / targets.GIB
-    assert held == pytest.approx(said, rel=0.06 if where.chip.platform == "gpu" else 0.15)
+    near = 0.06 if where.chip.platform == "gpu" else 0.1
+    if (name, stage, target, sets, said) in LESS_NEAR:
+        near = 0.13
+    assert held == pytest.approx(said, rel=near)
 
 
 def test_settings_that_fit_come_nearest_first_and_hold_what_they_say():

@@ -264,9 +264,9 @@ def block_rows(tokens: int) -> list[dict[str, Any]]:
 
     forward: dict[str, Callable[[], Contender]] = {}
     backward: dict[str, Callable[[], Contender]] = {}
-    impls = (
-        ["auto", "reference"] if routing_gpu.refuses_places(x) else ["auto", "reference", "mosaic"]
-    )
+    impls = ["auto", "reference"]
+    if not routing_gpu.refuses_places(x):
+        impls.append("mosaic")
     for impl in impls:
         forward[f"glm45_jax, routing {impl}"] = functools.partial(
             of_jax, functools.partial(block, impl), *args

@@ -197,11 +197,10 @@ def balance(
 
     f counts the top_k of the *unbiased* scores and has no gradient; P is the mean of the normalised
     scores. Each document of a packed row is a sequence of its own (docs/adr/0007); places that are
-    not valid, by default those of segment 0, are in none. Source: spec 2.5.
+    not valid are in none. Source: spec 2.5.
     """
     B, T, E = logits_BTE.shape
-    if valid_BT is None:
-        valid_BT = jnp.ones((B, T), bool) if segments_BT is None else segments_BT > 0
+    valid_BT = jnp.ones((B, T), bool) if valid_BT is None else valid_BT
     score_BTE = jax.nn.sigmoid(logits_BTE)
     share_BTE = score_BTE / score_BTE.sum(axis=-1, keepdims=True)
     _, chosen_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTE), top_k)

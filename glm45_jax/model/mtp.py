@@ -64,12 +64,12 @@ def forward_all(
     """
     mtp, inner_BT = _layer(params), None
     if segments_BT is not None:
-        inner_BT = _one_more(inner_segments(segments_BT))
-    next_BT = _one_more(tokens_BT[:, 1:])
+        inner_BT = one_more(inner_segments(segments_BT))
+    next_BT = one_more(tokens_BT[:, 1:])
     x_BTD = _join(params, spread(hidden_BTD), spread(next_BT), cfg)
     flow = spread_flow(cfg, next_BT.shape, positions_BT, inner_BT)
     if inner_BT is None:
-        flow = flow.replace(valid_BT=spread(_one_more(jnp.ones_like(tokens_BT[:, 1:], bool))))
+        flow = flow.replace(valid_BT=spread(one_more(jnp.ones_like(tokens_BT[:, 1:], bool))))
     v_BTD, out = stack(mtp.block, x_BTD, flow, cfg=cfg, keep_logits=keep_router_logits)
     normed_BTD = rms_norm(v_BTD, mtp.norm_D[0], cfg.norm_eps)
     assert out.spilled is not None
@@ -124,8 +124,8 @@ def inner_segments(segments_BT: jax.Array) -> jax.Array:
     return jnp.where(here_BT == next_BT, here_BT, 0)
 
 
-def _one_more(x_BT: jax.Array) -> jax.Array:
-    """A place at the end, of zeros."""
+def one_more(x_BT: jax.Array) -> jax.Array:
+    """What is of T - 1 places with the last of T, which is 0."""
     return jnp.pad(x_BT, ((0, 0), (0, 1)))
 
 

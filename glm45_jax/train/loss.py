@@ -143,8 +143,7 @@ def mtp_nll_sum(
     params: Params, ahead_BTD: jax.Array, batch: Batch, *, cfg: ModelConfig
 ) -> jax.Array:
     """Sum of MTP's -log p(token i + 2) where `mtp_mask` is 1, float32. ahead_BTD: all T places."""
-    after = (batch.targets_BT[:, 1:], mtp_mask(batch))
-    targets_BT, mask_BT = (jnp.pad(x, ((0, 0), (0, 1))) for x in after)
+    targets_BT, mask_BT = mtp.one_more(batch.targets_BT[:, 1:]), mtp.one_more(mtp_mask(batch))
     return cross_entropy_sum(params, ahead_BTD, targets_BT, mask_BT, cfg=cfg)
 
 

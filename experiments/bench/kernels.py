@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.results import device_name, merge_result
+from glm45_jax.kernels.cross_entropy import nll_sum
 from glm45_jax.kernels.grouped_matmul import grouped_matmul
 
 CALLS = 4  # queued a sample
@@ -71,7 +72,7 @@ def race(
             for _ in range(2):
                 out = contender.call()
                 contender.wait(out)
-            check = None if name == BOUND else error  # the bound computes other groups
+            check = None if name.startswith("bound") else error  # a bound computes something else
             found[name] = {"err": float(f"{check(out):.3g}")} if check else {}
             ready[name] = contender
             del out
@@ -105,7 +106,8 @@ def rows(
     ceiling: float,
 ) -> list[dict[str, Any]]:
     """Table rows of one race. A peer is neither ours nor a bound."""
-    peers = [r["ms"] for name, r in found.items() if "ms" in r and name not in (OURS, BOUND)]
+    others = (r for name, r in found.items() if not name.startswith(("glm45_jax", "bound")))
+    peers = [r["ms"] for r in others if "ms" in r]
     table = []
     for name, result in found.items():
         row: dict[str, Any] = {"op": op, "shape": shape, "impl": name}
@@ -309,7 +311,89 @@ def grouped_matmul_rows() -> list[dict[str, Any]]:
     return table
 
 
-OPS = {"grouped_matmul": grouped_matmul_rows}
+# --- cross-entropy with the head: M tokens of Air and of mini. The head is float32, as in training.
+
+HEADS = {
+    "air few": (8192, 4096, 151_552),
+    "air": (65_536, 4096, 151_552),
+    "mini": (65_536, 512, 16_384),
+}
+
+
+def head_loss(impl: str, what: str) -> Callable:
+    """f(h, w, target, weight): the weighted sum, or that with its gradients."""
+
+    def total(h: jax.Array, w: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+        return nll_sum(h, w, target, weight, impl=impl)
+
+    return total if what == "fwd" else jax.value_and_grad(total, (0, 1))
+
+
+def torch_heads(what: str, h: Any, w: Any, target: Any, weight: Any) -> dict[str, Callable]:
+    """torch's compiled cross-entropy, all logits at once, and the products alone."""
+    if not (torch := torch_or_none()):
+        return {}
+    x, v = torch.from_dlpack(h), torch.from_dlpack(w).bfloat16()
+    goal, share = torch.from_dlpack(target).long(), torch.from_dlpack(weight)
+
+    def total(x: Any, v: Any) -> Any:
+        each = torch.nn.functional.cross_entropy((x @ v).float(), goal, reduction="none")
+        return (each * share).sum()
+
+    made = torch.compile(total)
+
+    def both(x: Any, v: Any) -> Any:
+        x.grad = v.grad = None
+        out = made(x.requires_grad_(), v.requires_grad_())
+        out.backward()
+        return out
+
+    def products(x: Any, v: Any) -> None:
+        with torch.no_grad():
+            logits = x @ v
+            if what != "fwd":
+                torch.matmul(logits, v.t()), torch.matmul(x.t(), logits)
+
+    def alone(x: Any, v: Any) -> Any:
+        with torch.no_grad():
+            return made(x, v)
+
+    return {
+        "torch compiled": lambda: of_torch(alone if what == "fwd" else both, x, v),
+        "bound: products alone (torch)": lambda: of_torch(products, x, v),
+    }
+
+
+def cross_entropy_rows() -> list[dict[str, Any]]:
+    """Forward, and with the backward: three products of 2·M·D·V, whatever is made again."""
+    table, ceiling = [], matmul_ceiling()
+    for name, (M, D, V) in HEADS.items():
+        h, w = normal(0, (M, D)), normal(1, (D, V), 0.02).astype(jnp.float32)
+        target = jax.random.randint(jax.random.key(2), (M,), 0, V)
+        weight = (jnp.arange(M) % 7 > 0).astype(jnp.float32)
+        for what, products in (("fwd", 1), ("fwd+bwd", 3)):
+            found = race(
+                {
+                    f"glm45_jax {impl}": lambda impl=impl: of_jax(
+                        head_loss(impl, what), h, w, target, weight
+                    )
+                    for impl in ("fused", "chunked")
+                }
+                | torch_heads(what, h, w, target, weight),
+                samples=6,
+            )
+            table += rows(
+                f"head {what}",
+                f"{name} M{M} D{D} V{V}",
+                found,
+                flops=2.0 * products * M * D * V,
+                nbytes=4.0 * D * V * (2 if what != "fwd" else 1) + 2.0 * M * D,
+                ceiling=ceiling,
+            )
+    return table
+
+
+OPS = {"grouped_matmul": grouped_matmul_rows, "cross_entropy": cross_entropy_rows}
 
 
 def main() -> None:

@@ -1,20 +1,27 @@
-"""Cross-entropy from hidden states, over chunks of the vocabulary: all logits never exist at once.
-Letters: M D V.
+"""Cross-entropy from hidden states, a chunk of the logits at a time. Letters: M D V; C of a chunk.
 
-With 151,552 words and 8,192 tokens the logits would be 5 GB in float32; here a chunk of them lives
-at a time, in the forward and again in the backward pass.
+With 151,552 words and 65,536 tokens the logits would be 40 GB in float32. `chunked` walks over the
+vocabulary, in the forward and again in the backward pass: four products. `fused` walks over the
+tokens and makes the gradient of the weighted sum in the forward pass, while a chunk's logits are
+there: three products. It needs the weights then, so it gives the sum alone, and a head that is
+whole where the tokens are.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from glm45_jax import sharding
 from glm45_jax.kernels.dispatch import Implementation, anything, pick
 
-CHUNK_ELEMENTS = 2**27  # of logits that live at once: 512 MiB in float32
+CHUNK_ELEMENTS = 2**27  # of logits that live at once in `chunked`: 512 MiB in float32
+# In `fused` the head's gradient, 8·D·V bytes there and back, is added to once a chunk: at 4,096
+# tokens that is a twelfth of the chunk's products on an H100, so more are no use.
+FUSED_ELEMENTS, FUSED_TOKENS = 2**30, 4096
 
 
 def token_nll(
@@ -33,6 +40,22 @@ def token_nll(
     """
     nll = pick("cross_entropy", IMPLS, impl, h_MD, w_DV, target_M)
     return nll(h_MD, w_DV, target_M, scale_M=scale_M)
+
+
+def nll_sum(
+    h_MD: jax.Array,
+    w_DV: jax.Array,
+    target_M: jax.Array,
+    weight_M: jax.Array,
+    *,
+    impl: str = "auto",
+) -> jax.Array:
+    """Sum of weight * `token_nll`, a float32 scalar.
+
+    Differentiable in h and w, not in weight_M, float32. Source: spec 2.5.
+    """
+    total = pick("cross_entropy", SUMS, impl, h_MD, w_DV, target_M, weight_M)
+    return total(h_MD, w_DV, target_M, jax.lax.stop_gradient(weight_M))
 
 
 def reference(
@@ -141,7 +164,93 @@ def _product(h_MD, w_DC, scale_M):
     return logits_MC if scale_M is None else logits_MC * jax.lax.stop_gradient(scale_M)[:, None]
 
 
+def fused(
+    h_MD: jax.Array,
+    w_DV: jax.Array,
+    target_M: jax.Array,
+    weight_M: jax.Array,
+    chunk: int | None = None,
+) -> jax.Array:
+    """`nll_sum` over chunks of the tokens, its gradient made beside it."""
+    M, V = h_MD.shape[0], w_DV.shape[1]
+    return _fused(min(chunk or fused_tokens(M, V), M), h_MD, w_DV, target_M, weight_M)
+
+
+def fused_tokens(tokens: int, words: int) -> int:
+    """Tokens of a chunk: a multiple of 128, as many as FUSED_ELEMENTS and FUSED_TOKENS let be, in
+    chunks as even as they go.
+    """
+    most = max(128, min(FUSED_TOKENS, FUSED_ELEMENTS // words) // 128 * 128)
+    chunks = -(-tokens // most)
+    return -(-tokens // (128 * chunks)) * 128
+
+
+def on_one_device(*_: jax.Array) -> str | None:
+    """Why `fused` cannot run here, or None: of a split head each chunk's part would be summed."""
+    ambient = sharding.current()
+    if ambient is None or ambient[0].size == 1:
+        return None
+    return f"needs tokens and head on one device; the mesh has {ambient[0].size}"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(chunk, h_MD, w_DV, target_M, weight_M):
+    del chunk
+    return (chunked(h_MD, w_DV, target_M) * weight_M).sum()
+
+
+def _fused_fwd(chunk, h_MD, w_DV, target_M, weight_M):
+    M, D = h_MD.shape
+    n = -(-M // chunk)
+    w16_DV = w_DV.astype(h_MD.dtype)  # products in h's dtype
+
+    def one(carry, rows):
+        total, dw_DV = carry
+        h_CD, target_C, weight_C = rows
+        logits_CV = _product(h_CD, w16_DV, None)
+        lse_C = jax.nn.logsumexp(logits_CV, axis=1)
+        picked_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=1)[:, 0]
+        hit_CV = jax.lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1) == target_C[:, None]
+        p_CV = jnp.exp(logits_CV - lse_C[:, None])
+        d_CV = ((p_CV - hit_CV.astype(jnp.float32)) * weight_C[:, None]).astype(h_CD.dtype)
+        dh_CD = jnp.einsum("cv,dv->cd", d_CV, w16_DV, preferred_element_type=jnp.float32)
+        dw_DV = dw_DV + jnp.einsum("cd,cv->dv", h_CD, d_CV, preferred_element_type=jnp.float32)
+        total = total + ((lse_C - picked_C) * weight_C).sum()
+        return (total, dw_DV), dh_CD.astype(h_CD.dtype)
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(w_DV.shape, jnp.float32))
+    padded = (_chunks(x, n, chunk) for x in (h_MD, target_M, weight_M))  # weight 0 past M
+    (total, dw_DV), dh_nCD = jax.lax.scan(one, start, tuple(padded))
+    return total, (dh_nCD.reshape(n * chunk, D)[:M], dw_DV.astype(w_DV.dtype), weight_M)
+
+
+def _fused_bwd(chunk, saved, g):
+    del chunk
+    dh_MD, dw_DV, weight_M = saved
+    scaled = (g * dh_MD.astype(jnp.float32)).astype(dh_MD.dtype)
+    return scaled, (g * dw_DV).astype(dw_DV.dtype), None, jnp.zeros_like(weight_M)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _chunks(x_M: jax.Array, n: int, chunk: int) -> jax.Array:
+    padded = jnp.pad(x_M, ((0, n * chunk - x_M.shape[0]), *((0, 0),) * (x_M.ndim - 1)))
+    return padded.reshape(n, chunk, *x_M.shape[1:])
+
+
+def _weighted(nll: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda h_MD, w_DV, target_M, weight_M: (nll(h_MD, w_DV, target_M) * weight_M).sum()
+
+
+ALL = ("cpu", "gpu", "tpu")
 IMPLS = (
-    Implementation("chunked", chunked, anything, ("cpu", "gpu", "tpu")),
-    Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
+    Implementation("chunked", chunked, anything, ALL),
+    Implementation("reference", reference, anything, ALL),
+    Implementation("fused", chunked, anything, ()),  # what it is for one token
+)
+SUMS = (
+    Implementation("fused", fused, on_one_device, ALL),
+    Implementation("chunked", _weighted(chunked), anything, ALL),
+    Implementation("reference", _weighted(reference), anything, ALL),
 )

@@ -15,7 +15,7 @@ from flax import struct
 
 from glm45_jax import sharding
 from glm45_jax.data.types import Batch
-from glm45_jax.kernels.cross_entropy import token_nll
+from glm45_jax.kernels.cross_entropy import nll_sum, token_nll
 from glm45_jax.model import mtp, transformer
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.model.transformer import Params
@@ -135,8 +135,15 @@ def cross_entropy_sum(
     *,
     cfg: ModelConfig,
 ) -> jax.Array:
-    """Sum of -log p(target) where the mask is 1, float32."""
-    return (_nll(params, hidden_BTD, targets_BT, cfg, None) * mask_BT).sum()
+    """Sum of -log p(target) where the mask is 1, float32; no gradient in the mask."""
+    with jax.named_scope("head"):
+        return nll_sum(
+            sharding.flat(hidden_BTD),
+            params.head_DV,
+            sharding.flat(targets_BT),
+            sharding.flat(mask_BT),
+            impl=cfg.impl.cross_entropy,
+        )
 
 
 def mtp_nll_sum(
@@ -160,10 +167,6 @@ def target_nll(
     temperature_BT: float32, that the logits are divided by; None for 1.
     """
     scale_BT = None if temperature_BT is None else 1 / temperature_BT
-    return _nll(params, hidden_BTD, targets_BT, cfg, scale_BT)
-
-
-def _nll(params: Params, hidden_BTD, targets_BT, cfg: ModelConfig, scale_BT) -> jax.Array:
     with jax.named_scope("head"):
         nll_M = token_nll(
             sharding.flat(hidden_BTD),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from glm45_jax import sharding
 from glm45_jax.kernels import cross_entropy as op
 from glm45_jax.kernels.shapes import LOSS
 
@@ -55,6 +56,60 @@ def test_a_scale_of_the_logits_is_that_of_the_hidden_states_in_value_and_gradien
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_a_sum_made_with_its_gradient_is_the_sum_of_the_definition_and_its_gradient(name, chunk):
+    h, w, target, weight = draw(LOSS[name])
+    weight = weight.at[::3].set(0)
+    chunk = chunk and min(chunk, len(target))
+
+    def at(f):
+        return jax.value_and_grad(lambda h, w: 0.3 * f(h, w, target, weight), (0, 1))(h, w)
+
+    plain = at(lambda h, w, t, weight: (op.reference(h, w, t) * weight).sum())
+    ways = [lambda *a: op.fused(*a, chunk=chunk), lambda *a: op.nll_sum(*a, impl="chunked")]
+    for ours in (at(f) for f in ways):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert float(op.fused(h, w, target, weight)) == pytest.approx(float(plain[0]) / 0.3, rel=1e-5)
+
+
+def test_where_a_token_does_not_count_its_hidden_state_has_no_gradient():
+    h, w, target, weight = draw(LOSS[SMALL[0]])
+    weight = weight.at[1].set(0)
+    dh = jax.grad(lambda h: op.fused(h, w, target, weight))(h)
+    assert not dh[1].any()
+    assert dh[0].any()
+
+
+def test_the_gradient_of_a_sum_in_bfloat16_is_as_near_as_that_of_chunks():
+    h, w, target, weight = draw(LOSS[SMALL[-1]])
+    h = h.astype(jnp.bfloat16)
+    grads = {
+        impl: jax.grad(lambda h, w, impl=impl: op.nll_sum(h, w, target, weight, impl=impl), (0, 1))(
+            h, w
+        )
+        for impl in ("fused", "chunked", "reference")
+    }
+    for part in range(2):
+        exact = np.asarray(grads["reference"][part], np.float32)
+        off = {
+            k: float(np.abs(np.asarray(g[part], np.float32) - exact).max())
+            for k, g in grads.items()
+        }
+        assert off["fused"] <= 1.5 * off["chunked"] + 1e-6, off
+
+
+def test_tokens_and_head_of_several_devices_are_left_to_chunks_of_the_vocabulary():
+    h, w, target, weight = draw(LOSS[SMALL[0]])
+    mesh = sharding.make_mesh(sharding.MeshShape(fsdp=2), jax.devices()[:2])
+    with sharding.use(mesh, sharding.Rules()):
+        with pytest.raises(ValueError, match="the mesh has 2; impl='auto' picks"):
+            op.nll_sum(h, w, target, weight, impl="fused")
+        auto = op.nll_sum(h, w, target, weight)
+    np.testing.assert_allclose(auto, op.fused(h, w, target, weight), rtol=1e-5)
+
+
 def arrays_in(jaxpr):
     for eqn in jaxpr.eqns:
         yield from (v.aval for v in eqn.outvars)
@@ -76,6 +131,9 @@ def test_all_logits_never_exist_forward_or_backward():
     target = jnp.zeros(M, jnp.int32)
     step = jax.value_and_grad(lambda h, w: op.chunked(h, w, target, chunk=chunk).sum(), (0, 1))
     assert biggest(step, h, w) <= max(M * chunk, D * V)
+    ones = jnp.ones(M)
+    step = jax.value_and_grad(lambda h, w: op.fused(h, w, target, ones, chunk=12), (0, 1))
+    assert biggest(step, h, w) <= max(12 * V, D * V)
     whole = jax.value_and_grad(lambda h, w: op.reference(h, w, target).sum(), (0, 1))
     assert biggest(whole, h, w) == M * V  # the check sees what it looks for
 
@@ -83,3 +141,10 @@ def test_all_logits_never_exist_forward_or_backward():
 def test_chunks_stay_within_the_element_budget():
     for tokens in (1, 1000, 8192, 65_536):
         assert op.chunk_words(tokens) * tokens <= max(op.CHUNK_ELEMENTS, 512 * tokens)
+        for words in (128, 16_384, 151_552):
+            chunk = op.fused_tokens(tokens, words)
+            assert chunk % 128 == 0
+            assert chunk * words <= max(op.FUSED_ELEMENTS, 128 * words)
+            assert -(-tokens // chunk) * chunk - tokens < 128 * -(
+                -tokens // chunk
+            )  # little padding

@@ -8,6 +8,7 @@ a cluster shares, so the update is told apart: MFU with it, and of forward and b
 
     python -m glm45_jax.plan experiments.bench.air_step:air_slice --target h100:1x1   # does it fit
     python -m experiments.bench.air_step
+    python -m experiments.bench.air_step --mini        # the step of `mini`, 64K tokens, instead
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 
 import jax
 
+from experiments import pretrain
 from experiments.bench.results import device_name, merge_result
 from experiments.bench.train_step import Case, matmul_ceiling, random_batch
 from glm45_jax.data.prepare import Data
@@ -53,6 +55,11 @@ def air_slice(rows: int = 16, moe_layers: int = 1) -> Experiment:
         train=Train(steps=100, rows=rows, bias_rate=Constant(1e-3)),
         mesh=MeshShape(data=1, fsdp=1),
     )
+
+
+def mini_step() -> Experiment:
+    """`pretrain:mini` on one device."""
+    return dataclasses.replace(pretrain.mini(), mesh=MeshShape(data=1, fsdp=1))
 
 
 def tiny_slice() -> Experiment:
@@ -92,6 +99,20 @@ def kernels(folder: pathlib.Path) -> Iterable[tuple[str, float]]:
         name = event.get("args", {}).get("hlo_op")
         if name and "dur" in event:
             yield name, event["dur"] / 1e3
+
+
+def longest(
+    times: Iterable[tuple[str, float]], names: Mapping[str, str], most: int = 25
+) -> list[str]:
+    """Where the time goes, by instruction: milliseconds, calls, name and where it comes from."""
+    total: dict[str, list[float]] = collections.defaultdict(list)
+    for name, ms in times:
+        total[name].append(ms)
+    order = sorted(total, key=lambda name: -sum(total[name]))[:most]
+    return [
+        f"{sum(total[n]):8.2f} ms {len(total[n]):4d} x {n:32} {names.get(n, '')[-100:]}"
+        for n in order
+    ]
 
 
 def breakdown(times: Iterable[tuple[str, float]], names: Mapping[str, str]) -> dict[str, float]:
@@ -154,13 +175,16 @@ def traced(step: Any, state: Any, batch: Any, names: Mapping[str, str]) -> dict[
         _, out = step(state, batch)
         float(out.scalars["loss"])
         jax.profiler.stop_trace()
-        return breakdown(kernels(pathlib.Path(folder)), names)
+        times = list(kernels(pathlib.Path(folder)))
+    print("\n".join(longest(times, names)))
+    return breakdown(times, names)
 
 
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=16, help="of Air's slice")
+    parser.add_argument("--mini", action="store_true", help="the step of `mini` instead")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="small, for a CPU; nothing is written")
     args = parser.parse_args()
@@ -168,16 +192,18 @@ def main() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_enable_command_buffer="
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    exp = tiny_slice() if args.tiny else air_slice(args.rows)
+    exp = tiny_slice() if args.tiny else mini_step() if args.mini else air_slice(args.rows)
     value = {
-        "command": f"python -m experiments.bench.air_step --rows {exp.train.rows}",
+        "command": "python -m experiments.bench.air_step "
+        + ("--mini" if args.mini else f"--rows {args.rows}"),
         "jax": jax.__version__,
         "matmul_tflops": round(matmul_ceiling(exp.model.dtype), 1),
     }
     value |= run(exp, args.steps)
     print(json.dumps(value, indent=1))
     if not args.tiny:
-        print(f"wrote {merge_result(device_name(), 'air_step', value)}")
+        key = "mini_step" if args.mini else "air_step"
+        print(f"wrote {merge_result(device_name(), key, value)}")
 
 
 if __name__ == "__main__":

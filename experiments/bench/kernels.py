@@ -124,7 +124,7 @@ def rows(
             row |= result
         print(
             f"{op:12} {shape:40} {name:38} {row.get('tflops', '-'):>7} TFLOP/s "
-            f"{row.get('ratio_to_best_peer', '-'):>6}x  err {row.get('err', '-')} "
+            f"{row.get('ratio_to_best_peer') or '-':>6}x  err {row.get('err', '-')} "
             f"{row.get('error', '')}",
             flush=True,
         )
@@ -371,17 +371,13 @@ def cross_entropy_rows() -> list[dict[str, Any]]:
         h, w = normal(0, (M, D)), normal(1, (D, V), 0.02).astype(jnp.float32)
         target = jax.random.randint(jax.random.key(2), (M,), 0, V)
         weight = (jnp.arange(M) % 7 > 0).astype(jnp.float32)
+        args = (h, w, target, weight)
         for what, products in (("fwd", 1), ("fwd+bwd", 3)):
-            found = race(
-                {
-                    f"glm45_jax {impl}": lambda impl=impl: of_jax(
-                        head_loss(impl, what), h, w, target, weight
-                    )
-                    for impl in ("fused", "chunked")
-                }
-                | torch_heads(what, h, w, target, weight),
-                samples=6,
-            )
+            ours: dict[str, Callable[[], Contender]] = {
+                f"glm45_jax {impl}": functools.partial(of_jax, head_loss(impl, what), *args)
+                for impl in ("fused", "chunked")
+            }
+            found = race(ours | torch_heads(what, *args), samples=6)
             table += rows(
                 f"head {what}",
                 f"{name} M{M} D{D} V{V}",

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench import tokamax_peer
 from experiments.bench.results import device_name, merge_result
 from glm45_jax.kernels.cross_entropy import nll_sum
 from glm45_jax.kernels.grouped_matmul import grouped_matmul
@@ -276,6 +277,8 @@ def grouped_contenders(
     if small or what == "fwd":  # the others would take a minute to compile once more
         tile = SHIPPED_TILES[name, what]
         found["jax Pallas ragged_dot_mgpu"] = lambda: of_jax(shipped(what, tile), *args)
+    if small and (foreign := tokamax_peer.grouped(what)):
+        found[tokamax_peer.NAME] = lambda: of_jax(foreign, *args)
     if small and what == "fwd":  # its copies of the matrices do not fit beyond
         found["glm45_jax blocked"] = lambda: of_jax(product("blocked", what), *args)
     return found | torch_contenders(what, x, w, sizes, g)

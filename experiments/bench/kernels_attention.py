@@ -1,8 +1,9 @@
 """Attention on one H100: this project's kernels beside their peers in the same run, a row each.
 
 Peers: cuDNN through jax, the Pallas kernel that jax ships (float16 and forward only), torch's SDPA
-on cuDNN; with several documents a row, the reference. TFLOP/s count the pairs of a query and a key
-that it sees: 4·H a pair and head forward, 3.5 times that with the backward pass.
+on cuDNN, tokamax where it is carried (`tokamax_peer`); with several documents a row, the reference.
+TFLOP/s count the pairs of a query and a key that it sees: 4·H a pair and head forward, 3.5 times
+that with the backward pass.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.bench import tokamax_peer
 from experiments.bench.results import device_name, merge_result
 from glm45_jax.kernels.attention import attention, reference
 
@@ -147,6 +149,15 @@ def measure_shipped(case: Case, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
+def measure_tokamax(case: Case, repeats: int) -> list[dict[str, Any]]:
+    """Forward alone, where it is: its backward pass did not finish within a minute."""
+    if (f := tokamax_peer.attention()) is None:
+        return []
+    args, g = draw(case, jnp.bfloat16)[:3], jax.jit(f)
+    call = functools.partial(g, *args)
+    return [row(case, tokamax_peer.NAME, False, call, jax.block_until_ready, repeats)]
+
+
 def measure_torch(case: Case, repeats: int) -> list[dict[str, Any]]:
     """SDPA on cuDNN, heads before tokens."""
     import torch
@@ -226,6 +237,7 @@ def main() -> None:
         functools.partial(measure_jax, packed, 10, ("reference",)),
         functools.partial(measure_jax, one, 10, ()),
         functools.partial(measure_shipped, short, 10),
+        functools.partial(measure_tokamax, short, 10),
         functools.partial(measure_jax, long, 3, ()),
         functools.partial(measure_torch, long, 3),
         functools.partial(measure_shipped, long, 3),

@@ -103,14 +103,16 @@ class Serving:
     buckets: tuple[int, ...] = (16, 64, 256)
     spans: tuple[int, ...] = ()
     draft: int = 0
+    steps: int = 1
     kv_dtype: str | None = None
     prefill_tokens: int = 1024
     reuse: bool = True
 
     def engine(self, cfg: ModelConfig, *, routes: bool) -> GlmEngine:
         """The engine of a model."""
-        names = ("slots", "pages", "page", "max_tokens", "buckets", "spans", "draft", "kv_dtype")
-        return GlmEngine(cfg, routes=routes, **{name: getattr(self, name) for name in names})
+        names = ("slots", "pages", "page", "max_tokens", "buckets", "spans", "draft", "steps")
+        sizes = {name: getattr(self, name) for name in (*names, "kv_dtype")}
+        return GlmEngine(cfg, routes=routes, **sizes)
 
 
 @dataclasses.dataclass(frozen=True)

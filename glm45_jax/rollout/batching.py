@@ -370,9 +370,9 @@ class Batcher:
         running = self._running()
         if not running:
             return
-        if self.engine.draft:
+        if self.engine.beyond:
             for request in running:
-                self._grow_for_drafts(request)
+                self._grow_beyond(request)
         active_B = np.asarray([r is not None for r in self._slots])
         try:
             self._state, step = self.engine.decode(
@@ -382,7 +382,7 @@ class Batcher:
             self._fail(running, error)
             return
         self._stats.decode_steps += 1
-        if step.count_B is not None:
+        if self.engine.draft:
             self._count_drafts(running, step.count_B)
         for request in running:
             if request.status == "running":  # an older one may have failed with all pages
@@ -405,12 +405,12 @@ class Batcher:
             request.pages.append(page)
         assert self._pages.holders(request.pages[at]) == 1, "a shared page would be written"
 
-    def _grow_for_drafts(self, request: Request) -> None:
+    def _grow_beyond(self, request: Request) -> None:
         """None; the row has pages for what a step may draw beyond one token, as far as there are
         any: no row gives way for them.
         """
         end = len(request.prompt) + request.sampling.max_tokens - 1  # of all it will ever store
-        last = min(request.cached + self.engine.draft, end - 1)
+        last = min(request.cached + self.engine.beyond, end - 1)
         while last // self.engine.page >= len(request.pages) and self._prefixes.reclaim(1):
             (page,) = self._pages.take(1) or []
             self._table_BP[request.slot, len(request.pages)] = page

@@ -62,9 +62,11 @@ class GlmEngine:
     every row is taken, so that short rows do not read to the end of long ones; () is the whole row.
     routes: whether experts are returned. top_logprobs: of how many of the likeliest tokens. draft:
     tokens that MTP drafts a step, 0 to 3; a step then draws 1 to draft + 1, the same ones that it
-    would draw without. kv_dtype: of the cache, None for the model's, or "float8_e4m3fn" for half of
-    its bytes (model/cache.py says what it costs). It compiles at most buckets x spans prefills,
-    spans decodes, one insert and one copy of a page.
+    would draw without. steps: decode steps of one call, whose tokens the host gets together: it is
+    waited for less often, and what a row draws past its end is dropped; 1 with drafts. kv_dtype: of
+    the cache, None for the model's, or "float8_e4m3fn" for half of its bytes (model/cache.py says
+    what it costs). It compiles at most buckets x spans prefills, spans decodes, one insert and one
+    copy of a page.
     """
 
     cfg: ModelConfig
@@ -77,6 +79,7 @@ class GlmEngine:
     routes: bool = False
     top_logprobs: int = 0
     draft: int = 0
+    steps: int = 1
     kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +110,11 @@ class GlmEngine:
                 f"draft {self.draft} needs the MTP layer, and this model has none (n_mtp = 0); use "
                 "draft=0"
             )
+        if self.steps < 1 or (self.steps > 1 and self.draft):
+            raise ValueError(
+                f"steps {self.steps} with draft {self.draft}: there is at least 1 step, and one "
+                "with drafts"
+            )
         if self.routes and not self.cfg.n_moe:
             raise ValueError("routes of a model without MoE layers (n_moe = 0); use routes=False")
 
@@ -114,6 +122,11 @@ class GlmEngine:
     def row_pages(self) -> int:
         """Pages of the longest row."""
         return -(-self.max_tokens // self.page)
+
+    @property
+    def beyond(self) -> int:
+        """Tokens that a call of `decode` may draw beyond one."""
+        return self.draft + self.steps - 1
 
     @property
     def chunk(self) -> int:
@@ -209,7 +222,7 @@ class GlmEngine:
     def decode(
         self, params: Params, state: EngineState, table_BP: np.ndarray, active_B: np.ndarray
     ) -> tuple[EngineState, Step]:
-        """The next tokens of every active slot: one, and up to `draft` more. table_BP: int32, -1
+        """The next tokens of every active slot: one, and up to `beyond` more. table_BP: int32, -1
         where a row has no page.
         """
         used = int((table_BP >= 0).sum(axis=1).max())
@@ -222,6 +235,7 @@ class GlmEngine:
             cfg=self.cfg,
             routes=self.routes,
             top=self.top_logprobs,
+            steps=self.steps,
         )
         return state, jax.device_get(step)
 
@@ -314,7 +328,7 @@ def insert(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("cfg", "routes", "top"),
+    static_argnames=("cfg", "routes", "top", "steps"),
     donate_argnames="state",
     compiler_options=OPTIONS,
 )
@@ -327,13 +341,39 @@ def decode(
     cfg: ModelConfig,
     routes: bool,
     top: int,
+    steps: int = 1,
 ) -> tuple[EngineState, Step]:
-    """One step of every active slot: its last token goes into the cache, and after it those of its
-    drafts that are the tokens drawn; one more is drawn after them.
+    """`steps` steps of every active slot, as far as its pages reach: its last token goes into the
+    cache, and after it those of its drafts that are the tokens drawn; one more is drawn after them.
 
     An active row must have the page its token goes to; drafts past its pages are not believed. Idle
     rows compute, but store and change nothing.
     """
+    one = functools.partial(_step, cfg=cfg, routes=routes, top=top)
+    if steps == 1:
+        return one(params, state, table_BP, active_B)
+    room_B = speculative.room(KVCache(state.k_LPSKH, state.v_LPSKH, table_BP, state.length_B))
+    state, step_N = jax.lax.scan(
+        lambda state, n: one(params, state, table_BP, active_B & (n < room_B)),
+        state,
+        jnp.arange(steps, dtype=jnp.int32),
+    )
+    count_B = jnp.where(active_B, jnp.minimum(steps, room_B), 0)
+    step = jax.tree.map(lambda x_NB: jnp.moveaxis(x_NB, 0, 1), step_N)
+    return state, step.replace(count_B=count_B)
+
+
+def _step(
+    params: Params,
+    state: EngineState,
+    table_BP: jax.Array,
+    active_B: jax.Array,
+    *,
+    cfg: ModelConfig,
+    routes: bool,
+    top: int,
+) -> tuple[EngineState, Step]:
+    """One of `decode`'s."""
     cache = KVCache(state.k_LPSKH, state.v_LPSKH, table_BP, state.length_B)
     tokens_BT, ahead = state.token_B[:, None], state.ahead
     if ahead is not None:

@@ -146,7 +146,7 @@ class FixedRows:
         """Pages of each slot as far as a step reaches, int32 [B, P]; -1 past that."""
         width = self.engine.row_pages
         table_BP = np.arange(self.engine.pages, dtype=np.int32).reshape(-1, width)
-        reach_B = [0 if r.ended else r.size - 1 + self.engine.draft for r in rows]
+        reach_B = [0 if r.ended else r.size - 1 + self.engine.beyond for r in rows]
         kept_BP = np.arange(width)[None, :] <= np.asarray(reach_B)[:, None] // self.engine.page
         return np.where(kept_BP, table_BP, np.int32(-1))
 

@@ -146,10 +146,15 @@ def accept(drafts_BT: jax.Array, token_BT: jax.Array, cache: KVCache) -> jax.Arr
     cache: as before the step; what was written past the pages is lost.
     """
     right_BT = (drafts_BT == token_BT[:, :-1]).astype(jnp.int32)
+    drawn_B = 1 + jnp.cumprod(right_BT, axis=1).sum(axis=1, dtype=jnp.int32)
+    return jnp.minimum(drawn_B, room(cache))
+
+
+def room(cache: KVCache) -> jax.Array:
+    """Tokens that each row's pages have places for beyond those in them, at least 1: int32 [B]."""
     n_pages, size = cache.k_LPSKH.shape[1:3]
     held_B = (cache.table_BP < n_pages).sum(axis=1, dtype=jnp.int32) * size
-    room_B = jnp.maximum(held_B - cache.length_B, 1)
-    return jnp.minimum(1 + jnp.cumprod(right_BT, axis=1).sum(axis=1, dtype=jnp.int32), room_B)
+    return jnp.maximum(held_B - cache.length_B, 1)
 
 
 def remember(

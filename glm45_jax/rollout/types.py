@@ -144,8 +144,9 @@ class SlotEngine(Protocol):
     holds what.
 
     page, pages: tokens of a page, pages there are. max_tokens: that one row may hold. chunk: most
-    tokens of one prefill. draft: tokens that a step may draw beyond one, where the row has pages
-    for them. A row is a list of page ids, its tokens in order.
+    tokens of one prefill. beyond: tokens that a call of `decode` may draw beyond one, where the row
+    has pages for them; draft: those of them that are drafted first. A row is a list of page ids,
+    its tokens in order.
     """
 
     @property
@@ -169,8 +170,12 @@ class SlotEngine(Protocol):
         """Most tokens of one prefill."""
 
     @property
+    def beyond(self) -> int:
+        """Tokens that a call of `decode` may draw beyond one."""
+
+    @property
     def draft(self) -> int:
-        """Tokens that a step may draw beyond one."""
+        """Tokens that are drafted in a step."""
 
     @property
     def vocab(self) -> int:

@@ -92,6 +92,10 @@ class Arithmetic:
             state.page_PS[page, at % self.page] = token_B[b]
 
     @property
+    def beyond(self):
+        return self.draft
+
+    @property
     def row_pages(self):
         return -(-self.max_tokens // self.page)
 

@@ -52,6 +52,7 @@ class Scripted:
     max_tokens: int = 512
     chunk: int = 256
     draft: int = 0
+    beyond: int = 0
     vocab: int = VOCAB + 8  # a model's table is padded
     top_logprobs: int = 3
     routes: bool = False

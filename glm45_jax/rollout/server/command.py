@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, default=4096, help="of a prompt and its output")
     add("--pages", type=int, help=f"of {PAGE} tokens; default enough for all slots")
     add("--draft", type=int, default=0, help="tokens that MTP drafts a step, 0 to 3")
+    add("--steps", type=int, default=1, help="decode steps of a call; more tokens a second, later")
     add("--fp8", action="store_true", help="quantise linear weights to FP8")
     add("--kv-dtype", choices=("float8_e4m3fn",), help="of the cache; default the model's")
     add("--top-logprobs", type=int, default=0, help="likeliest tokens that can be asked for")
@@ -226,6 +227,7 @@ def _engine(args: argparse.Namespace, cfg: ModelConfig) -> GlmEngine:
         routes=args.routes,
         top_logprobs=args.top_logprobs,
         draft=args.draft,
+        steps=args.steps,
         kv_dtype=args.kv_dtype,
     )
 

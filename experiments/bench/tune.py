@@ -138,8 +138,9 @@ def product(s: MatricesShape, what: str) -> Case:
 
 def attention(s: AttentionShape) -> Case:
     """Forward and backward together, a document a row."""
-    q, kv = (s.B, s.T, s.N, s.H), (s.B, s.T, s.K, s.H)
-    own = attention_gpu.Tuning()
+    q, k, v = (s.B, s.T, s.N, s.H), (s.B, s.T, s.K, s.H), s.values
+    out, width = (s.B, s.T, s.N, s.values[-1]), s.values[-1]
+    own = attention_gpu.tuning_of(s.H, width)
     changes: list[dict[str, Any]] = [{"stages": 3}, {"stages_dq": 2}, {"stages_dkv": 3}]
     changes += [{"stages_dkv": 2}, {"queries": 128, "stages_dkv": 2}]
     changes += [{"keys_dq": 128, "stages_dq": 2}]
@@ -154,10 +155,10 @@ def attention(s: AttentionShape) -> Case:
 
     return Case(
         "flash_attention",
-        {"T": s.T, "G": s.N // s.K, "H": s.H},
+        {"T": s.T, "G": s.N // s.K, "H": s.H} | ({} if width == s.H else {"U": width}),
         own,
         tuple(dataclasses.replace(own, **change) for change in changes),
-        lambda: (normal(1, q), normal(2, kv), normal(3, kv), normal(4, q)),
+        lambda: (normal(1, q), normal(2, k), normal(3, v), normal(4, out)),
         run,
     )
 

@@ -10,7 +10,7 @@ import dataclasses
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
     """B rows of T queries and keys, N query and K kv heads of width H; packed: several documents a
-    row.
+    row; U: width of a value, None for H.
     """
 
     B: int
@@ -20,6 +20,12 @@ class AttentionShape:
     H: int
     packed: bool = False
     small: bool = False
+    U: int | None = None
+
+    @property
+    def values(self) -> tuple[int, int, int, int]:
+        """Shape of the values."""
+        return self.B, self.T, self.K, self.U or self.H
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +98,13 @@ ATTENTION = {
     "one head": AttentionShape(1, 17, 1, 1, 8, small=True),
     "two tiles packed": AttentionShape(1, 200, 3, 1, 64, packed=True, small=True),
     "a tile and one": AttentionShape(1, 129, 2, 2, 128, small=True),
+    "192 and 128 packed": AttentionShape(1, 200, 2, 1, 192, packed=True, small=True, U=128),
+    "256 and one": AttentionShape(1, 129, 2, 1, 256, small=True),
     "air 4k": AttentionShape(8, 4096, 96, 8, 128),
     "air 4k, one of four": AttentionShape(8, 4096, 24, 2, 128),
     "air 32k": AttentionShape(1, 32768, 96, 8, 128),
+    "flash 4k": AttentionShape(8, 4096, 20, 20, 256),
+    "192 and 128, 4k": AttentionShape(8, 4096, 16, 16, 192, U=128),
 }
 DECODE = {
     "tiny": DecodeShape(3, 1, 6, 2, 16, 24, page=4, small=True),

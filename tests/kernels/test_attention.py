@@ -19,6 +19,7 @@ from glm45_jax.kernels import attention as op
 from glm45_jax.kernels import attention_gpu as gpu
 from glm45_jax.kernels import attention_tiles as tiles
 from glm45_jax.kernels import attention_tpu as tpu
+from glm45_jax.kernels import attention_walk_gpu as walking
 from glm45_jax.kernels import dispatch
 from glm45_jax.kernels.attention_tiles import tiled_attention
 from glm45_jax.kernels.shapes import ATTENTION, AttentionShape
@@ -29,8 +30,8 @@ SMALL = [name for name, shape in ATTENTION.items() if shape.small]
 def draw(shape, seed=0):
     keys = jax.random.split(jax.random.key(seed), 3)
     q = jax.random.normal(keys[0], (shape.B, shape.T, shape.N, shape.H))
-    k, v = (jax.random.normal(key, (shape.B, shape.T, shape.K, shape.H)) for key in keys[1:])
-    return q, k, v
+    k = jax.random.normal(keys[1], (shape.B, shape.T, shape.K, shape.H))
+    return q, k, jax.random.normal(keys[2], shape.values)
 
 
 def segments(shape):
@@ -43,7 +44,8 @@ def check_half(shape, segment, attention, repeats=1):
     bit for bit, in every repeat.
     """
     args = tuple(x.astype(jnp.bfloat16) for x in draw(shape))
-    cotangent = jax.random.normal(jax.random.key(1), args[0].shape, jnp.bfloat16)
+    out = (*args[0].shape[:3], args[2].shape[-1])
+    cotangent = jax.random.normal(jax.random.key(1), out, jnp.bfloat16)
     exact, pull = jax.vjp(
         functools.partial(op.reference, segments_BT=segment),
         *(x.astype(jnp.float32) for x in args),
@@ -64,12 +66,19 @@ def check_half(shape, segment, attention, repeats=1):
             np.testing.assert_array_equal(first, again)
 
 
+def check_interpreted(shape):
+    """The kernels for Hopper, with sizes as on the device, on two multiprocessors."""
+    sizes = walking.tuning_of(shape.H, shape.values[-1])
+    tuning = dataclasses.replace(sizes, sms=2, interpret=True)
+    check_half(shape, segments(shape), functools.partial(gpu.flash_attention, tuning=tuning))
+
+
 def by_hand(q, k, v, segment):
     """float64, one query at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     segment = None if segment is None else np.asarray(segment)
-    out = np.zeros_like(q)
     B, T, N, H = q.shape
+    out = np.zeros((B, T, N, v.shape[-1]))
     for b, t, n in np.ndindex(B, T, N):
         seen = [s for s in range(t + 1) if segment is None or segment[b, s] == segment[b, t]]
         kv = n // (N // k.shape[2])
@@ -154,11 +163,55 @@ def test_one_document_by_segments_equals_no_segments():
     np.testing.assert_array_equal(op.attention(q, k, v, segments_BT=ones), op.attention(q, k, v))
 
 
-@pytest.mark.parametrize("name", ["two tiles packed", "a tile and one"])
+HOPPER = ("two tiles packed", "a tile and one", "192 and 128 packed", "256 and one")
+
+
+@pytest.mark.parametrize("name", HOPPER)
 def test_the_hopper_kernels_interpreted_equal_the_definition_forward_and_backward(name):
-    shape = ATTENTION[name]
-    tuning = gpu.Tuning(sms=2, interpret=True)
-    check_half(shape, segments(shape), functools.partial(gpu.flash_attention, tuning=tuning))
+    check_interpreted(ATTENTION[name])
+
+
+@pytest.mark.slow  # the default suite has a pair of each kind; 10 s each
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("widths", list(walking.WIDE), ids=str)
+def test_every_pair_of_wide_widths_interpreted_equals_the_definition(widths, packed):
+    H, U = widths
+    check_interpreted(AttentionShape(B=1, T=300, N=2, K=1, H=H, packed=packed, U=U))
+
+
+def test_the_sizes_of_every_pair_of_widths_fit_a_block_of_hopper():
+    for H, U in walking.WIDTHS:
+        s, wide = walking.tuning_of(H, U), H > 128
+
+        def ring(rows, stages, early, H=H, U=U):
+            return rows * (stages * H + (early or stages) * U)
+
+        forward = 128 * (H + (64 if wide else U)) + ring(s.keys, s.stages, None)
+        dq = 128 * (H + U + (0 if wide else H)) + ring(s.keys_dq, s.stages_dq, s.stages_early)
+        dk = 128 * (H + U) + ring(s.queries, s.stages_dkv, s.stages_early)
+        dv = 128 * (H + 64) + ring(s.queries, s.stages_dkv, None)
+        assert 2 * max(forward, dv if s.apart else 0) <= 223 * 1024, (H, U)
+        assert 2 * max(dq, dk) <= 224 * 1024, (H, U)
+        assert s.apart == wide
+
+
+@pytest.mark.parametrize(
+    ("H", "U", "why"),
+    [
+        (192, 128, None),
+        (256, 256, None),
+        (128, 128, None),
+        (96, 96, "(256, 256) wide, not (96"),
+        (128, 256, "not (128, 256)"),
+    ],
+)
+def test_mosaic_says_which_widths_it_takes(H, U, why, monkeypatch):
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    for module in (dispatch, op):
+        monkeypatch.setattr(module, "device", lambda: hopper)
+    q, v = (jax.ShapeDtypeStruct((1, 64, 2, width), jnp.bfloat16) for width in (H, U))
+    found = op._mosaic_supports(q, q, v)
+    assert found is None if why is None else why in found
 
 
 @pytest.mark.parametrize("name", ["two tiles packed", "a tile and one"])
@@ -242,16 +295,17 @@ def test_bounds_are_those_of_the_run_of_equal_segments():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("H", [64, 128])
-def test_the_hopper_kernels_lower_for_cuda_at_air_shapes(packed, H):
-    q, k = (jax.ShapeDtypeStruct((8, 4095, heads, H), jnp.bfloat16) for heads in (96, 8))
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
+def test_the_hopper_kernels_lower_for_cuda_at_air_shapes(packed, widths):
+    sizes = ((96, widths[0]), (8, widths[0]), (8, widths[1]))
+    q, k, v = (jax.ShapeDtypeStruct((8, 4095, *size), jnp.bfloat16) for size in sizes)
     segment = jax.ShapeDtypeStruct((8, 4095), jnp.int32)
 
     def loss(q, k, v, segment):
         out = gpu.flash_attention(q, k, v, segments_BT=segment if packed else None)
         return out.astype(jnp.float32).sum()
 
-    jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segment).lower(lowering_platforms=("cuda",))
+    jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v, segment).lower(lowering_platforms=("cuda",))
 
 
 def test_on_a_mesh_each_device_runs_its_own_rows_and_heads(monkeypatch):
@@ -283,6 +337,15 @@ def test_mosaic_yields_to_cudnn_only_where_it_is_installed(there, taken, monkeyp
     # GLM's heads, in rows of a training batch: mosaic is the faster one.
     q, k = (jax.ShapeDtypeStruct((1, 4096, heads, 128), jnp.bfloat16) for heads in (96, 8))
     assert dispatch.pick("attention", op.IMPLS, "auto", q, k, k).__name__ == "_mosaic"
+    # GLM-4.7-Flash's, and values of their own width: not timed beside cudnn, which has one width.
+    q, v = (jax.ShapeDtypeStruct((1, 4096, 20, width), jnp.bfloat16) for width in (256, 128))
+    at = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    for args, masks, name in (
+        ((q, q, q), {}, taken),
+        ((q, q, v), {}, "_mosaic"),
+        ((q, q, q), {"segments_BT": at}, "_mosaic"),
+    ):
+        assert dispatch.pick("attention", op.IMPLS, "auto", *args, **masks).__name__ == name
 
 
 @pytest.mark.gpu
@@ -294,6 +357,11 @@ def test_mosaic_yields_to_cudnn_only_where_it_is_installed(there, taken, monkeyp
         AttentionShape(1, 999, 4, 4, 128),
         AttentionShape(2, 777, 12, 1, 64, packed=True),
         AttentionShape(1, 64, 2, 2, 128),
+        *(
+            AttentionShape(2, 777, 6, 2, H, packed=packed, U=U)
+            for H, U in walking.WIDE
+            for packed in (False, True)
+        ),
     ],
     ids=str,
 )

@@ -10,7 +10,14 @@ import time
 
 import pytest
 
-from glm45_jax.kernels.shapes import ATTENTION, DECODE, GROUPED, NEWTON_SCHULZ, ROUTING
+from glm45_jax.kernels.shapes import (
+    ATTENTION,
+    DECODE,
+    GROUPED,
+    NEWTON_SCHULZ,
+    ROUTING,
+    AttentionShape,
+)
 from glm45_jax.plan import targets
 from tests.kernels import ahead
 
@@ -19,6 +26,16 @@ WIDE = {  # rows, inputs, outputs; of FP8: the prompt's rows and a decode step's
     "air attention out": (4096, 12_288, 4096),
     "air dense": (64, 4096, 10_944),
 }
+HEADS = {  # widths that no model here has
+    "192 and 192": AttentionShape(8, 4096, 16, 16, 192),
+    "192 and 256": AttentionShape(8, 4096, 16, 16, 192, U=256),
+    "256 and 128": AttentionShape(8, 4096, 16, 4, 256, U=128),
+}
+
+
+def attentions():
+    """Shapes of attention to compile."""
+    return large(ATTENTION) | HEADS
 
 
 def large(table):
@@ -26,7 +43,7 @@ def large(table):
 
 
 NAMES = sorted(
-    [f"attention {name}" for name in large(ATTENTION)]
+    [f"attention {name}" for name in attentions()]
     + [f"decode {name}" for name in large(DECODE)]
     + [f"{op} {name}" for name in large(GROUPED) for op in ("grouped", "grouped fp8")]
     + [f"{op} {name}" for name in large(ROUTING) for op in ("route", "copies")]
@@ -82,13 +99,13 @@ def main() -> None:
         out, pull = jax.vjp(run, *args)
         return out, pull(out)
 
-    for name, s in large(ATTENTION).items():
+    for name, s in attentions().items():
         q, k = of((s.B, s.T, s.N, s.H), half), of((s.B, s.T, s.K, s.H), half)
         segments = (of((s.B, s.T), i32),)
         run = lambda q, k, v, seg: both_ways(  # noqa: E731
             functools.partial(attention, segments_BT=seg, impl="mosaic"), q, k, v
         )
-        report(f"attention {name}", run, q, k, k, *segments)
+        report(f"attention {name}", run, q, k, of(s.values, half), *segments)
     for name, s in large(DECODE).items():
         kv = of((2, s.B * s.S // s.page, s.page, s.K, s.H), jnp.float8_e4m3fn if s.fp8 else half)
         run = lambda q, k, v, layer, table, start: decode_attention(  # noqa: E731

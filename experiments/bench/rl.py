@@ -8,7 +8,8 @@ a part of the method, so the overhead without it is told too. The same in second
 CPUs, which what else the machine does disturbs less; on a CPU alone, where they are all there is.
 
 Weights are random, the world asks for an even number of characters. Nothing is read but a tokenizer
-that is made here; needs neither grain nor seqio, JetStream or Ray.
+that is made here; needs neither grain nor seqio, JetStream or Ray. Programs are compiled before the
+run, several at a time.
 
     python -m experiments.bench.rl [--batches 12] [--write]
 """
@@ -28,8 +29,10 @@ import jax
 import numpy as np
 
 from experiments.bench.results import device_name, merge_result
+from experiments.bench.rl_ahead import Ahead, ask_all, batch_of, served, without_mesh
+from experiments.bench.seconds import said
 from glm45_jax.envs.types import Env, Message, Part, Task
-from glm45_jax.metrics import Row, read_jsonl
+from glm45_jax.metrics import Row, read_jsonl, setup_logging
 from glm45_jax.model import config
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.optim.mixed import AdamW
@@ -39,18 +42,21 @@ from glm45_jax.rl.config import Evaluation, Rl, Serving, Split
 from glm45_jax.rl.lengths import answer_tokens
 from glm45_jax.rl.report import PHASES
 from glm45_jax.rl.trajectory import Trajectory
-from glm45_jax.rl.update import Update
+from glm45_jax.rl.update import Update, Updater
 from glm45_jax.rl.workers import Done, Workers
 from glm45_jax.rollout.driver import Driver
+from glm45_jax.rollout.episode import Format
 from glm45_jax.rollout.sampling import Sampling
-from glm45_jax.sharding import Rules
+from glm45_jax.sharding import MeshShape, Rules
 from glm45_jax.tokenizer import Tokenizer, train_bpe
-from glm45_jax.train.parallel import Pmap, Recipe, make_trainer
+from glm45_jax.train.ahead import batch_shapes
+from glm45_jax.train.parallel import Pmap, Recipe, Trainer, make_trainer
 from glm45_jax.train.state import Train
 from glm45_jax.train.trackers import Untracked
 
 WARM = 3  # batches that compile and are not counted
-REPLAYED = 8  # batches that the bare engine draws again
+REPLAYED = 4  # batches that the bare engine draws again
+THREADS = 8  # that compile
 TOKENIZER_IDS = 256 + 36
 TARGET = 0.15
 
@@ -71,8 +77,8 @@ class Case:
     data: Rows
     train: Train
     rl: Rl
+    mesh: Pmap | MeshShape
     optim: AdamW = AdamW(lr=1e-6, schedule=Constant())
-    mesh: Pmap = Pmap(1)
     rules: Rules = Rules()
     tracker: Untracked = Untracked()
     seed: int = 0
@@ -90,7 +96,7 @@ def counting(number: int) -> Task:
     return Task(f"counting/{number}", words, number)
 
 
-PROMPT_WORDS = {"cpu": 4, "gpu": 64, "tpu": 64}
+PROMPT_WORDS = {"cpu": 4, "gpu": 48, "tpu": 48}  # 48 of four digits are 248 tokens
 
 
 def world() -> Env:
@@ -99,7 +105,9 @@ def world() -> Env:
 
 
 def case_of(backend: str, batches: int) -> Case:
-    """Tiny on a CPU; mini, 64 prompts x 8 samples of up to 512 tokens, on an accelerator."""
+    """Tiny on a CPU; mini, 64 prompts x 8 samples of up to 256 tokens, on an accelerator: with its
+    prompt a sample is 504, and all batches are 64 rows.
+    """
     cpu = backend == "cpu"
     none, rows = Constant(0.0), 2 if cpu else 8
     return Case(
@@ -112,17 +120,34 @@ def case_of(backend: str, batches: int) -> Case:
             update=Update(micro_rows=None if cpu else rows),
             groups=8 if cpu else 64,
             samples=8,
-            sampling=Sampling(max_tokens=32 if cpu else 512),
+            sampling=Sampling(max_tokens=32 if cpu else 256),
             serving=Serving(slots=32, pages=512, page=8, max_tokens=128, buckets=(32,))
             if cpu
-            else Serving(slots=256, pages=4096, page=64, max_tokens=1024, buckets=(256, 512)),
-            split=Split(first=0),
+            else Serving(
+                slots=512,
+                pages=6144,
+                page=64,
+                max_tokens=512,
+                buckets=(256,),
+                steps=4,
+                prefill_tokens=4096,
+            ),
+            split=Split(first=0 if cpu else 1000),  # numbers of as many digits
             evaluation=Evaluation(tasks=0),
             most_mismatch=None,  # random weights in bfloat16; compared all the same
             dynamic=False,
             thinking=False,
         ),
+        mesh=Pmap(1) if cpu else MeshShape(data=-1, fsdp=1),
     )
+
+
+def rows_of(case: Case, tokenizer: Tokenizer) -> int:
+    """Of a batch in which every answer is as long as it may be and no group agrees."""
+    first = case.rl.world().tasks(case.rl.split.first)
+    prompt = Format(tokenizer, case.rl.family, False).prompt(case.rl.world(), first.messages)
+    a_row = case.data.seq_len // (len(prompt) + case.rl.sampling.max_tokens)
+    return math.ceil(case.rl.groups * case.rl.samples / a_row / case.train.rows) * case.train.rows
 
 
 class Kept:
@@ -151,12 +176,12 @@ class Kept:
 
 
 def timed_run(
-    case: Case, tokenizer: Tokenizer, folder: pathlib.Path
+    case: Case, tokenizer: Tokenizer, updater: Updater, folder: pathlib.Path
 ) -> tuple[list[Row], list[Trajectory], Any, float]:
     """(rows of the metrics, all trajectories in the order in which they ended, the weights, CPU
     seconds of a batch).
     """
-    updater, given, cpu_s = rl_run.updater_of(case), list[Trajectory](), list[float]()
+    given, cpu_s = list[Trajectory](), list[float]()
     state, outcome = rl_run.run(
         case,
         folder,
@@ -199,22 +224,23 @@ def bare_engine(case: Case, params: Any, given: Sequence[Trajectory]) -> np.ndar
     return np.median(rates[1:], axis=0)  # the first one warms up
 
 
-def train_rate(case: Case, tokens: float) -> np.ndarray:
-    """Tokens a second of the pretraining step on full rows, as many as hold `tokens`; by both
-    clocks.
-    """
-    from experiments.bench.train_step import Case as Step
-    from experiments.bench.train_step import random_batch
-
-    seq_len, micro = case.data.seq_len, case.rl.update.micro_rows
-    rows = math.ceil(tokens / seq_len / (micro or 1)) * (micro or 1)
+def pretrainer(case: Case, rows: int) -> Trainer:
+    """Of the pretraining step that is the floor's other half."""
     recipe = Recipe(
         dataclasses.replace(case.model, n_mtp=0),
         case.optim,
-        dataclasses.replace(case.train, rows=rows, micro_rows=micro),
+        dataclasses.replace(case.train, rows=rows, micro_rows=case.rl.update.micro_rows),
         packed=True,
     )
-    trainer = make_trainer(case.mesh, recipe)
+    return make_trainer(case.mesh, recipe)
+
+
+def train_rate(case: Case, trainer: Trainer, rows: int) -> np.ndarray:
+    """Tokens a second of the pretraining step on full rows, by both clocks."""
+    from experiments.bench.train_step import Case as Step
+    from experiments.bench.train_step import random_batch
+
+    seq_len = case.data.seq_len
     state = trainer.init(jax.random.key(0))
     batch = random_batch(Step(rows, seq_len, 1, "float32"), case.model.vocab)
     times = []
@@ -287,10 +313,22 @@ def text(found: Mapping[str, Any]) -> str:
 def measure(case: Case) -> dict[str, Any]:
     """What `against_floor` says of a run in a scratch folder."""
     tokenizer = train_bpe(["a few words"], TOKENIZER_IDS)
+    rows, updater = rows_of(case, tokenizer), without_mesh(rl_run.updater_of(case))
+    trainer, seq_len = pretrainer(case, rows), case.data.seq_len
+    batch = batch_of(rows, seq_len, case.model, case.rl)
+    ahead = Ahead(THREADS)
+    ahead.ask("update", lambda: updater.trainer.compile_step(batch))
+    ahead.ask("pretraining step", lambda: trainer.compile_step(batch_shapes(rows, seq_len)))
+    ask_all(ahead, "", served(case.model, case.rl, jax.local_devices()[0]))
+    ahead.wait("")
+    ahead.close()
+    said(f"compiled for batches of {rows} rows")
     with tempfile.TemporaryDirectory() as folder:
-        rows, given, params, cpu = timed_run(case, tokenizer, pathlib.Path(folder))
+        done, given, params, cpu = timed_run(case, tokenizer, updater, pathlib.Path(folder))
+    said(f"{case.train.steps} batches")
     engine = bare_engine(case, params, given)
-    return against_floor(rows, engine, train_rate(case, median_of(rows, "tokens/trained")), cpu)
+    said(f"{REPLAYED} of them by the engine alone")
+    return against_floor(done, engine, train_rate(case, trainer, rows), cpu)
 
 
 def main() -> None:
@@ -299,6 +337,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--write", action="store_true", help="into the result file")
     args = parser.parse_args()
+    setup_logging()
     if args.batches < WARM + REPLAYED + 1:
         raise SystemExit(f"--batches {args.batches}: at least {WARM + REPLAYED + 1}")
     found = measure(case_of(jax.default_backend(), args.batches))

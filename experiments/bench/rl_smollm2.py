@@ -6,10 +6,11 @@ against bfloat16, and the model upcycled to a mixture of experts.
     python -m experiments.bench.rl_smollm2 --write --device nvidia-h100-80gb-hbm3-x1
 
 An arm is `name:seed`; `arms()` lists them. All arms of a model begin with the weights of one cold
-start; seeds differ in prompts and draws. Scores are of the trainer's weights in bfloat16, on tasks
-that neither the cold start nor RL sees; stories that are held out have other names and numbers, but
-are of the same 100 kinds. What a workdir has is not done again, and what --seconds ends goes on in
-the next call. Needs neither grain nor matplotlib; --write needs matplotlib and no accelerator.
+start; seeds differ in prompts and draws. An arm ends after its batches or its seconds (--each).
+Scores are of the trainer's weights in bfloat16, on tasks that neither the cold start nor RL sees;
+stories that are held out have other names and numbers, but are of the same 100 kinds. What a
+workdir has is not done again, and what --seconds ends goes on in the next call. Needs neither grain
+nor tensorboardX; --write needs no accelerator.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments import rl_reasoning
 from experiments.bench.results import device_name, known, merge_rows
+from experiments.bench.rl_ahead import Ahead, ask_all, batch_of, first_device, served, without_mesh
 from experiments.bench.rl_smollm2_page import WARM, described, measured, write_page
 from experiments.bench.seconds import BEGAN, said, stopped_at
 from glm45_jax.checkpoint import Checkpoints
@@ -40,7 +42,7 @@ from glm45_jax.envs.scores import Score
 from glm45_jax.envs.types import Env, Message, Part, Task
 from glm45_jax.experiment import Experiment, FromRun
 from glm45_jax.hf import smollm2 as smol
-from glm45_jax.metrics import read_jsonl
+from glm45_jax.metrics import read_jsonl, setup_logging
 from glm45_jax.optim.schedules import Cosine
 from glm45_jax.rl import run as rl_run
 from glm45_jax.rl.config import Async, Evaluation, Split, Sync
@@ -48,12 +50,17 @@ from glm45_jax.rl.correction import Tis
 from glm45_jax.rl.sampler import Sampler
 from glm45_jax.rl.update import Updater
 from glm45_jax.rollout.weights import Push
+from glm45_jax.sharding import MeshShape
 from glm45_jax.start import initial
-from glm45_jax.train.parallel import Recipe, make_trainer
+from glm45_jax.train.ahead import batch_shapes
+from glm45_jax.train.parallel import Recipe, Trainer, make_trainer
+from glm45_jax.train.state import TrainState
+from glm45_jax.train.trackers import Untracked
 
 APART = 1_000_000  # between the first prompts of two seeds
 LEAST_S, COLD_S = 60.0, 90.0  # with less left, no arm and no cold start begin
-AFTER_S = 25.0  # kept for what follows the last batch: a checkpoint, a score
+AFTER_S = 40.0  # kept for what follows the last batch: a checkpoint, a score
+THREADS = 8  # that compile
 MODES = {"direct": False, "thinking": True}
 
 
@@ -82,26 +89,29 @@ class Sizes:
     """How large all of it is. batches: of an arm, by mode. rows: a batch is padded to a multiple of
     it, by mode, so that nearly all batches have one shape. out: longest answer, by mode. tasks: of
     a score; the stock model, which answers at length, gets a quarter. micro: rows of a forward pass
-    of the mixture.
+    of the mixture. slots: all samples of a batch, so that its longest answer is waited for once.
+    steps: of the engine, between two looks of the host. each_s: of an arm, without its scores.
     """
 
     groups: int = 64
     samples: int = 8
     updates: int = 2
-    batches: tuple[int, int] = (40, 25)
-    rows: tuple[int, int] = (64, 128)
+    batches: tuple[int, int] = (60, 40)
+    rows: tuple[int, int] = (64, 96)
     out: tuple[int, int] = (32, 224)
     row: int = 512
     micro: int = 32
     tasks: int = 1024
-    slots: int = 256
-    pages: int = 8192
+    slots: int = 512
+    steps: int = 4
+    pages: int = 12_288
     buckets: tuple[int, ...] = (96, 224)
     prefill_tokens: int = 4096
     cold_steps: int = 100
     cold_rows: int = 32
     shown: int = 8000
-    lr: float = 1e-5
+    lr: float = 2e-5  # some 60 updates have to show what RL gives
+    each_s: float = 75.0
     world: type[rl_reasoning.School] | type[Even] = rl_reasoning.School
 
 
@@ -121,6 +131,7 @@ TINY = Sizes(
     cold_steps=2,
     cold_rows=4,
     shown=64,
+    each_s=1e6,
     world=Even,
 )
 
@@ -188,6 +199,7 @@ def base(model: str, mode: str, sizes: Sizes, workdir: pathlib.Path) -> Experime
             exp.rl.serving,
             slots=sizes.slots,
             pages=sizes.pages,
+            steps=sizes.steps,
             max_tokens=sizes.row,
             buckets=sizes.buckets,
             prefill_tokens=sizes.prefill_tokens,
@@ -218,6 +230,8 @@ def base(model: str, mode: str, sizes: Sizes, workdir: pathlib.Path) -> Experime
         train=dataclasses.replace(
             exp.train, steps=sizes.batches[at], rows=sizes.rows[at], save_every=0
         ),
+        mesh=MeshShape(data=-1, fsdp=1),  # no kernel for Hopper was ever run under `pmap`
+        tracker=Untracked(),
         rl=rl,
     )
 
@@ -239,21 +253,22 @@ def cold_folder(model: str, workdir: pathlib.Path) -> pathlib.Path:
     return workdir / f"cold_{model}"
 
 
-def cold_start(model: str, sizes: Sizes, workdir: pathlib.Path) -> dict[str, Any]:
-    """The row of a model's supervised steps, with scores before and after by mode; read back where
-    it was run before.
-    """
-    folder = cold_folder(model, workdir)
-    if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text())
-    began = time.monotonic()
-    exps = {mode: base(model, mode, sizes, workdir) for mode in MODES}
-    exp = exps["direct"]
+def cold_trainer(exp: Experiment) -> Trainer:
+    """Of a model's supervised steps."""
     assert exp.rl is not None and exp.rl.cold_start is not None
     cold = exp.rl.cold_start
+    return make_trainer(exp.mesh, Recipe(exp.model, cold.optim, cold.train, packed=True))
+
+
+def cold_start(
+    model: str, sizes: Sizes, workdir: pathlib.Path, trainer: Trainer, ahead: Ahead
+) -> dict[str, Any]:
+    """The row of a model's supervised steps, with scores before and after by mode."""
+    began = time.monotonic()
+    folder, rows = cold_folder(model, workdir), sizes.cold_rows
+    exps = {mode: base(model, mode, sizes, workdir) for mode in MODES}
+    exp = exps["direct"]
     prepared = prepare_any(exp.data, workdir / "data")
-    trainer = make_trainer(exp.mesh, Recipe(exp.model, cold.optim, cold.train, packed=True))
-    rows = sizes.cold_rows
     loader = Loader(
         rows_of_any(exp.data, prepared),
         seed=exp.seed,
@@ -261,12 +276,13 @@ def cold_start(model: str, sizes: Sizes, workdir: pathlib.Path) -> dict[str, Any
         fingerprint=prepared.fingerprint,
     )
     state = initial(exp, trainer)
+    ahead.wait(f"{model} bf16 ")
     said(f"cold start of {model}: ready after {time.monotonic() - began:.0f} s")
     scores: dict[str, Any] = {}
     if model == "dense":  # the mixture says the same at first
         few = max(sizes.tasks // 4, 1)
         for mode, one in exps.items():
-            scores[f"{mode}/stock"] = score(one, folder, trainer.save_view(state).params, few)
+            scores[f"{mode}/stock"] = score(one, folder, params_of(trainer, state), few)
     times, losses = [], []
     for _, batch in zip(range(sizes.cold_steps), loader.iterate(), strict=False):
         at = time.perf_counter()
@@ -280,7 +296,7 @@ def cold_start(model: str, sizes: Sizes, workdir: pathlib.Path) -> dict[str, Any
         weights = {"params": trainer.save_view(state).params}
         checkpoints.save(sizes.cold_steps, weights, sidecars={})
     for mode, one in exps.items():
-        scores[f"{mode}/cold"] = score(one, folder, trainer.save_view(state).params, sizes.tasks)
+        scores[f"{mode}/cold"] = score(one, folder, params_of(trainer, state), sizes.tasks)
     row = {
         "arm": f"cold_{model}",
         "seed": 0,
@@ -292,6 +308,11 @@ def cold_start(model: str, sizes: Sizes, workdir: pathlib.Path) -> dict[str, Any
     }
     (folder / "result.json").write_text(json.dumps(row))
     return row
+
+
+def params_of(trainer: Trainer, state: TrainState) -> Any:
+    """Weights for an engine of the first device."""
+    return first_device(trainer.save_view(state).params)
 
 
 def score(exp: Experiment, folder: pathlib.Path, params: Any, tasks: int) -> dict[str, Any]:
@@ -327,27 +348,43 @@ _UPDATERS: dict[Any, Updater] = {}
 def updater_of(exp: Experiment) -> Updater:
     """One for all arms that may share it: its programs compile once."""
     assert exp.rl is not None
-    key = (exp.model, exp.optim, exp.rl.update, exp.mesh, exp.train.rows)
+    key = (exp.model, exp.optim, exp.rl.update, exp.mesh)
     if key not in _UPDATERS:
-        _UPDATERS[key] = rl_run.updater_of(exp)
+        _UPDATERS[key] = without_mesh(rl_run.updater_of(exp))
     return _UPDATERS[key]
+
+
+def arm_folder(arm: Arm, seed: int, workdir: pathlib.Path) -> pathlib.Path:
+    """Of a run."""
+    return workdir / f"{arm.name}_{seed}"
+
+
+def row_of(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What a run left there that has come to its end."""
+    file = folder / "result.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def spent_s(folder: pathlib.Path) -> float:
+    """Seconds of the batches that a run has made there."""
+    file = folder / "metrics.jsonl"
+    rows = read_jsonl(file) if file.exists() else []
+    return sum(row.scalars.get("seconds", 0.0) for row in rows)
 
 
 def run_arm(
     arm: Arm, seed: int, sizes: Sizes, workdir: pathlib.Path, ends: float
 ) -> dict[str, Any] | None:
-    """The row of an arm, read back where it was run before; None where the time ended it first.
+    """The row of an arm; None where the time ended it before its own seconds did.
 
     ends: when, on the monotonic clock.
     """
-    folder = workdir / f"{arm.name}_{seed}"
-    done = folder / "result.json"
-    if done.exists():
-        return json.loads(done.read_text())
+    folder = arm_folder(arm, seed, workdir)
     exp = experiment(arm, seed, sizes, workdir)
     updater, tokenizer = updater_of(exp), rl_run.tokenizer_of(exp, folder)
     began = time.monotonic()
-    with stopped_at(ends - AFTER_S):
+    own, last = began + sizes.each_s - spent_s(folder), ends - AFTER_S
+    with stopped_at(min(own, last)):
         state, outcome = rl_run.run(
             exp,
             folder,
@@ -356,21 +393,66 @@ def run_arm(
             initial=lambda trainer: initial(exp, trainer),
         )
     said(f"{arm.name}:{seed}: {outcome.why} after batch {outcome.step}, {outcome.seconds:.0f} s")
-    if outcome.why == "stopped" or state is None:
+    stopped = outcome.why == "stopped"
+    if state is None or (stopped and last < own):
         return None
     params = updater.params(state)
+    why = f"after {sizes.each_s:.0f} s" if stopped else outcome.why
     row = {
         "arm": arm.name,
         "seed": seed,
-        "why": outcome.why + (f": {outcome.said}" if outcome.said else ""),
+        "why": why + (f": {outcome.said}" if outcome.said else ""),
         "batches": outcome.step,
         "seconds": round(time.monotonic() - began, 1),
         "after": score(base(arm.model, arm.mode, sizes, workdir), folder, params, sizes.tasks),
         **measured(read_jsonl(folder / "metrics.jsonl")),
     }
-    done.write_text(json.dumps(row))
+    (folder / "result.json").write_text(json.dumps(row))
     shutil.rmtree(folder / "checkpoints")
     return row
+
+
+def ask_ahead(
+    ahead: Ahead, arm: Arm, sizes: Sizes, workdir: pathlib.Path, cold: Trainer | None
+) -> None:
+    """None; what an arm will call is being compiled: the engine for scores and, where it is
+    another, its own; the cold start's step, if any; its update.
+    """
+    exp, model = experiment(arm, 0, sizes, workdir), arm.model
+    assert exp.rl is not None
+    device = jax.local_devices()[0]
+    plain = dataclasses.replace(exp.rl, push=Push())
+    ask_all(ahead, f"{model} bf16 ", served(exp.model, plain, device))
+    if cold is not None:
+        shapes = batch_shapes(sizes.cold_rows, sizes.row)
+        ahead.ask(f"{model} cold start", lambda: cold.compile_step(shapes))
+    batch = batch_of(exp.train.rows, sizes.row, exp.model, exp.rl)
+    step, lr = updater_of(exp).trainer.compile_step, exp.optim.lr
+    ahead.ask(f"{model} update of {exp.train.rows} rows at {lr:g}", lambda: step(batch))
+    if exp.rl.push.fp8:
+        ask_all(ahead, f"{model} fp8 ", served(exp.model, exp.rl, device))
+
+
+@contextlib.contextmanager
+def compiling_ahead(
+    asked: Sequence[tuple[Arm, int]], sizes: Sizes, workdir: pathlib.Path
+) -> Iterator[tuple[Ahead, dict[str, Trainer]]]:
+    """Inside, what arms that are not done need is being compiled; and trainers of the cold starts
+    that are not.
+    """
+    left = [arm for arm, seed in asked if row_of(arm_folder(arm, seed, workdir)) is None]
+    colds = {
+        model: cold_trainer(base(model, "direct", sizes, workdir))
+        for model in dict.fromkeys(arm.model for arm, _ in asked)
+        if row_of(cold_folder(model, workdir)) is None
+    }
+    ahead = Ahead(THREADS)
+    try:
+        for arm in left:
+            ask_ahead(ahead, arm, sizes, workdir, colds.get(arm.model))
+        yield ahead, colds
+    finally:
+        ahead.close()
 
 
 def measure(asked: Sequence[str], sizes: Sizes, workdir: pathlib.Path, seconds: float) -> None:
@@ -379,19 +461,25 @@ def measure(asked: Sequence[str], sizes: Sizes, workdir: pathlib.Path, seconds: 
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "tokenizer.json").exists():
         smol.tokenizer().save(workdir)
-    known = arms()
-    for name, seed in map(parsed, asked):
-        arm, left = known[name], ends - time.monotonic()
-        ready = (cold_folder(arm.model, workdir) / "result.json").exists()
-        if left < (LEAST_S if ready else COLD_S + LEAST_S):
-            said(f"{name}:{seed} does not begin: {left:.0f} s are left")
-            continue
-        row = cold_start(arm.model, sizes, workdir)
-        keep(row, sizes)
-        found = run_arm(arm, seed, sizes, workdir, ends)
-        if found is not None:
-            keep(found | {"before": row["scores"][f"{arm.mode}/cold"]}, sizes)
-            said(json.dumps({k: found[k] for k in ("arm", "seed", "why", "after", "rates")}))
+    wanted = [(arms()[name], seed) for name, seed in map(parsed, asked)]
+    with compiling_ahead(wanted, sizes, workdir) as (ahead, colds):
+        for arm, seed in wanted:
+            cold, row = (
+                row_of(f) for f in (cold_folder(arm.model, workdir), arm_folder(arm, seed, workdir))
+            )
+            left = ends - time.monotonic()
+            if row is None and left < (LEAST_S if cold else COLD_S + LEAST_S):
+                said(f"{arm.name}:{seed} does not begin: {left:.0f} s are left")
+                continue
+            if cold is None:
+                cold = cold_start(arm.model, sizes, workdir, colds[arm.model], ahead)
+            keep(cold, sizes)
+            if row is None:
+                ahead.wait(f"{arm.model} ")
+                row = run_arm(arm, seed, sizes, workdir, ends)
+            if row is not None:
+                keep(row | {"before": cold["scores"][f"{arm.mode}/cold"]}, sizes)
+                said(json.dumps({k: row[k] for k in ("arm", "seed", "why", "after", "rates")}))
 
 
 def keep(row: Mapping[str, Any], sizes: Sizes) -> None:
@@ -420,10 +508,11 @@ def main() -> None:
     parser.add_argument("--device", help="whose results --write draws; default this one")
     for name, kind in (("lr", float), ("tasks", int), ("cold-steps", int), ("groups", int)):
         parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--each", type=float, dest="each_s", help="seconds of an arm")
     parser.add_argument("--batches", type=int, nargs=2, metavar=("DIRECT", "THINKING"))
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
-    names = ("lr", "tasks", "cold_steps", "groups", "batches")
+    setup_logging()
+    names = ("lr", "tasks", "cold_steps", "groups", "batches", "each_s")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if "batches" in given:
         given["batches"] = tuple(given["batches"])

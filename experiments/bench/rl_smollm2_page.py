@@ -60,6 +60,7 @@ def measured(rows: Sequence[Row]) -> dict[str, Any]:
         "mismatch_kl": curve("mismatch/kl"),
         "entropy": curve("surprise"),
         "length": curve("length/mean"),
+        "at_s": np.cumsum([row.get("seconds", 0.0) for row in batches]).round(1).tolist(),
         "staleness": float(np.mean(curve("staleness") or [0.0])),
         "rates": {
             "batch_s": float(f"{whole / max(len(late), 1):.4g}"),

@@ -187,7 +187,8 @@ def workers_of(exp: Any, tokenizer: Tokenizer, params: Any, version: int) -> Wor
     device = jax.local_devices()[-1 if isinstance(rl.mode, Async) and rl.mode.devices else 0]
     local = local_of(rl, exp.model, tokenizer, parcel, make_all(makers_of(rl)), device=device)
     if isinstance(rl.mode, Async) and rl.mode.thread:
-        return Threaded(local, device=device)
+        # Under a default device that is named, jax compiles all of the engine's programs once more.
+        return Threaded(local, device=device if rl.mode.devices else None)
     return local
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +31,7 @@ from glm45_jax.rollout import engine as engines
 from glm45_jax.rollout.sampling import Sampling, knobs
 from glm45_jax.rollout.types import Prefilled
 from glm45_jax.rollout.weights import EXACT
-from glm45_jax.train.ahead import batch_shapes
+from glm45_jax.train.ahead import batch_shapes, compiled
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +39,11 @@ Lower = Callable[[], jax.stages.Lowered]
 
 
 class Ahead:
-    """Programs that threads compile, in the order asked. One traces at a time: all need Python's
-    lock, and those that trace together end together.
-    """
+    """Programs that threads compile, in the order asked; one traces at a time (`train.ahead`)."""
 
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, "compile")
         self._asked: dict[str, Future[float]] = {}
-        self._tracing = threading.Lock()
 
     def ask(self, name: str, compile_: Callable[[], float]) -> None:
         """None; a name that was asked before is not asked again. compile_: gives its seconds."""
@@ -57,7 +53,7 @@ class Ahead:
 
     def lower(self, name: str, lower: Lower) -> None:
         """`ask` of what a jitted function lowers."""
-        self.ask(name, functools.partial(self._compile, lower))
+        self.ask(name, functools.partial(_compile, lower))
 
     def wait(self, begin: str) -> None:
         """None, once all that was asked under names that begin so is there, or is known to fail."""
@@ -69,12 +65,11 @@ class Ahead:
         """None; what was not begun is dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _compile(self, lower: Lower) -> float:
-        began = time.monotonic()
-        with self._tracing:
-            lowered = lower()
-        lowered.compile()
-        return time.monotonic() - began
+
+def _compile(lower: Lower) -> float:
+    began = time.monotonic()
+    compiled(lower)
+    return time.monotonic() - began
 
 
 def _say(name: str, made: Future[float]) -> None:

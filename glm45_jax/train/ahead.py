@@ -52,9 +52,7 @@ class Programs:
             self._asked[key] = made
         began = time.monotonic()
         try:
-            with _TRACING:
-                lowered = self.lower(shapes)
-            made.set_result(lowered.compile())
+            made.set_result(compiled(lambda: self.lower(shapes)))
         except BaseException as error:
             made.set_exception(error)  # raised again where the program is called
             raise
@@ -65,6 +63,13 @@ class Programs:
         with self._lock:
             asked = self._asked.setdefault(shapes_of(batch), None)
         return self._call(state, batch) if asked is None else asked.result()(state, batch)
+
+
+def compiled(lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+    """The program, traced while no other thread traces in here."""
+    with _TRACING:
+        lowered = lower()
+    return lowered.compile()
 
 
 def shapes_of(batch: Any) -> Hashable:

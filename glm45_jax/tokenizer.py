@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,10 @@ class SpecialToken(NamedTuple):
 END_OF_TEXT = "<|endoftext|>"
 # What ends a turn: the end of everything, the next user turn, the wait for a tool's answer.
 STOP_TOKENS = (END_OF_TEXT, "<|user|>", "<|observation|>")
+
+# Of so many texts, none of more characters, the ids are remembered: those that were asked for last.
+# RL encodes a group's prompt once more with each of its answers.
+RECENT, SHORT = 1024, 2048
 
 # In the order of their ids. Think, tool, argument, box, image and video tokens are not special, so
 # that a decode which skips special tokens still shows reasoning and tool calls. Source: spec 1.4.
@@ -118,6 +122,15 @@ class Tokenizer:
         plain = spec | {"added_tokens": [], "model": spec["model"] | {"vocab": base}}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
         self._vocab = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
+        self._ids = partial(_ids_of, self._full, self._plain)
+        self._recent = lru_cache(RECENT)(self._ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_recent"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._recent = lru_cache(RECENT)(self._ids)
 
     @property
     def vocab(self) -> int:
@@ -210,11 +223,12 @@ class Tokenizer:
 
         allow_special: read `<|user|>` and the like as tokens. Only for text that we wrote.
         """
-        return self._coder(allow_special).encode(text, add_special_tokens=False).ids
+        ids = self._recent if len(text) <= SHORT else self._ids
+        return list(ids(text, allow_special))
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """Ids of every text, on all cores; the same ids as `encode` one by one."""
-        coder = self._coder(allow_special)
+        coder = self._full if allow_special else self._plain
         encodings = coder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -228,12 +242,12 @@ class Tokenizer:
         Raises: ValueError for an id that the vocabulary does not have.
         """
         known = [int(i) for i in ids]
-        for i in known:
-            if not 0 <= i < self.vocab:
-                raise ValueError(
-                    f"id {i} is outside the tokenizer's {self.vocab} ids; these ids come from "
-                    "another tokenizer, or from padding rows of the model's table (mask them)"
-                )
+        if known and not 0 <= min(known) <= max(known) < self.vocab:
+            wrong = next(i for i in known if not 0 <= i < self.vocab)
+            raise ValueError(
+                f"id {wrong} is outside the tokenizer's {self.vocab} ids; these ids come from "
+                "another tokenizer, or from padding rows of the model's table (mask them)"
+            )
         return self._full.decode(known, skip_special_tokens=skip_special)
 
     def save(self, path: str | Path) -> None:
@@ -284,9 +298,6 @@ class Tokenizer:
                     "they are of two releases, copy both from one"
                 )
 
-    def _coder(self, allow_special: bool) -> tokenizers.Tokenizer:
-        return self._full if allow_special else self._plain
-
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
     """A GLM-style tokenizer with exactly `vocab` ids, the 36 GLM tokens last.
@@ -320,6 +331,13 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
         ]
     )
     return Tokenizer(tokenizer.to_str())
+
+
+def _ids_of(
+    full: tokenizers.Tokenizer, plain: tokenizers.Tokenizer, text: str, allow_special: bool
+) -> tuple[int, ...]:
+    coder = full if allow_special else plain
+    return tuple(coder.encode(text, add_special_tokens=False).ids)
 
 
 def _untrained() -> tokenizers.Tokenizer:

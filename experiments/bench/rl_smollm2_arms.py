@@ -72,8 +72,8 @@ class Sizes:
     cold_steps: int = 100
     cold_rows: int = 32
     shown: int = 8000
-    lr: float = 2e-5  # some 60 updates have to show what RL gives
-    each_s: float = 75.0
+    lr: float = 4e-5  # some 40 updates have to show what RL gives
+    each_s: float = 60.0
     world: type[rl_reasoning.School] | type[Even] = rl_reasoning.School
 
 

@@ -5,6 +5,7 @@ makes pieces that know whether they are a GLM token and whether the model writes
 joins them, `encode` and `bridge` turn them into ids. Source: spec 4.1-4.3.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -174,11 +175,8 @@ class _Writer:
         self.written = False
 
     def template(self, text: str) -> None:
-        self.pieces += [
-            _Piece(part, _TOKEN.fullmatch(part) is not None, self.written)
-            for part in _TOKEN.split(text)
-            if part
-        ]
+        written = self.written
+        self.pieces += [_Piece(part, token, written) for part, token in _parts(text)]
 
     def plain(self, text: str) -> None:
         self.pieces.append(_Piece(text, False, self.written))
@@ -277,24 +275,35 @@ class _Writer:
             self.template(newline + "</tool_response>")
 
 
+@functools.lru_cache(maxsize=256)
+def _parts(text: str) -> tuple[tuple[str, bool], ...]:
+    """What the template writes, cut at GLM tokens; whether a part is one. It writes few texts."""
+    parts = [part for part in _TOKEN.split(text) if part]
+    return tuple((part, _TOKEN.fullmatch(part) is not None) for part in parts)
+
+
 def _ids(tokenizer: Tokenizer, pieces: Iterable[_Piece]) -> Encoded:
     """Plain text between two GLM tokens is encoded in one go: a merge may cross two pieces."""
     tokens: list[int] = []
     mask: list[bool] = []
     waiting, written = "", False
 
-    def put(ids: list[int], by_model: bool) -> None:
+    def put(text: str, by_model: bool) -> None:
+        ids = tokenizer.encode(text)
         tokens.extend(ids)
         mask.extend([by_model] * len(ids))
 
-    for piece in pieces:
-        if piece.token:
-            put(tokenizer.encode(waiting), written)
-            put([tokenizer.id_of(piece.text)], piece.written)
+    for text, token, by_model in pieces:
+        if not token:
+            waiting, written = waiting + text, by_model
+            continue
+        if waiting:
+            put(waiting, written)
             waiting = ""
-        else:
-            waiting, written = waiting + piece.text, piece.written
-    put(tokenizer.encode(waiting), written)
+        tokens.append(tokenizer.id_of(text))
+        mask.append(by_model)
+    if waiting:
+        put(waiting, written)
     return Encoded(tokens, mask)
 
 

@@ -21,6 +21,8 @@ from glm45_jax.rl.trajectory import Trajectory
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Trajectory))
 KINDS = "biuf"  # of arrays: bool, integers, floats
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+_JSON = json.JSONEncoder(allow_nan=False)
 
 
 def to_bytes(one: Trajectory) -> bytes:
@@ -41,7 +43,7 @@ def to_bytes(one: Trajectory) -> bytes:
         else:
             rest[name] = plain(value)
     try:
-        line = json.dumps({"arrays": arrays, "fields": rest}, allow_nan=False)
+        line = _JSON.encode({"arrays": arrays, "fields": rest})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{one.task_id}: {error}; give numbers, strings and lists") from error
     return b"".join([line.encode(), b"\n", *bodies])
@@ -88,7 +90,9 @@ def _arrays(told: Mapping[str, Any], data: bytes) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """`value` with mappings as dicts, sequences as lists and numpy's numbers as Python's."""
-    if isinstance(value, Mapping):
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, dict | Mapping):
         return {str(name): plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]

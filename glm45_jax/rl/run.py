@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import logging
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -98,6 +99,7 @@ def run(
             watched=watched,
             writers=writers,
         )
+        stack.enter_context(_frozen())
         return run_steps(wired, state, start)
 
 
@@ -249,6 +251,20 @@ def prompts_of(exp: Any, pool: Pool) -> Prompts:
     tasks = Tasks(name, rl.split.train, rl.split.first, rl.split.verified)
     curriculum = Curriculum((tasks,), samples=rl.samples, seed=exp.seed, stages=rl.grades.stages)
     return Graded(curriculum, pool, rl.grades, groups=rl.groups)
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """The garbage collector passes over what is there when this begins, until it ends: jax and its
+    programs are hundreds of thousands of objects that stay, and samples make it look again and
+    again.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _writers(exp: Any, workdir: pathlib.Path, start: int) -> list[metrics.Writer]:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from glm45_jax.envs.types import Env
+from glm45_jax.envs.types import Env, Task
 from glm45_jax.model.config import ModelConfig
 from glm45_jax.rl.lease import Prompt
 from glm45_jax.rl.trajectory import Trajectory
@@ -108,6 +108,7 @@ class Local:
         self.episodes, self._at_close = episodes, at_close
         self._envs, self._cfg, self._to, self._how = dict(envs), cfg, to, how
         self._jobs: dict[tuple[str, int], Job] = {}
+        self._last: tuple[tuple[str, int], Task] | None = None
         self._counts = dict.fromkeys(("episodes", "inexact", "tokens", "seconds"), 0.0)
 
     @property
@@ -122,12 +123,19 @@ class Local:
         if job.name in self._jobs:
             raise ValueError(f"job {job.name} is under way; give each a key of its own")
         env = self._envs[job.prompt.env]
-        task = env.tasks(job.prompt.number)
+        task = self._task(env, job.prompt)
         begun = None
         if job.begun is not None and job.begun.sampled_T.any():
             begun = _episode(job.begun, len(task.messages))
         self.episodes.start(job.name, env, task, job.sampling, begun=begun)
         self._jobs[job.name] = job
+
+    def _task(self, env: Env, prompt: Prompt) -> Task:
+        """Samples of a group start one after another: their task is drawn once."""
+        wanted = prompt.env, prompt.number
+        if self._last is None or self._last[0] != wanted:
+            self._last = wanted, env.tasks(prompt.number)
+        return self._last[1]
 
     def poll(self) -> list[Done]:
         """One tick of the driver."""

@@ -19,7 +19,7 @@ import numpy as np
 from glm45_jax.rollout.pages import Pages, Prefix, Prefixes, names_of
 from glm45_jax.rollout.prometheus import Times
 from glm45_jax.rollout.request import Request, key_of
-from glm45_jax.rollout.types import Finish, Policy, SlotEngine, Stats, Step
+from glm45_jax.rollout.types import Finish, Policy, Seat, SlotEngine, Stats, Step
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +59,16 @@ class Batcher:
         width = -(-engine.max_tokens // engine.page)
         self._table_BP = np.full((engine.slots, width), -1, np.int32)
         self._slots: list[Request | None] = [None] * engine.slots
+        self._occupied = 0
         self._waiting: list[tuple[int, Request]] = []  # heap; those that ended are skipped
         self._expiring: list[tuple[float, int, Request]] = []  # heap
         self._stats = Stats(version=version)
         self._queued = 0
-        self._drawn: list[tuple[Request, Step]] = []  # first tokens of this step, not read yet
+        self._seats: list[tuple[Request, Seat]] = []  # that the device has not been told of
+        self._drawn: list[
+            tuple[list[Request], Step]
+        ] = []  # first tokens of this step, not read yet
+        self._singly = 0  # rows to be seated one by one: some broke an insert together
         self._pending: tuple[Any, int] | None = None  # weights that wait for what has begun
         self.times = Times()
         self.unfinished: dict[int, Request] = {}
@@ -174,7 +179,7 @@ class Batcher:
 
     def flush(self) -> None:
         """None; every page is free, running requests wait again."""
-        self._drawn = []
+        self._seats, self._drawn = [], []
         for request in self._running():
             self._preempt(request)
         self._prefixes.drop_all()
@@ -200,6 +205,7 @@ class Batcher:
             self._name(request.pages[at:full], names[at:], request.routes_since_seated())
         self._pages.release(request.pages)
         self._slots[request.slot] = None
+        self._occupied -= 1
         self._table_BP[request.slot] = -1
         request.pages, request.slot, request.names, request.tail_TLA = [], -1, [], None
 
@@ -223,10 +229,6 @@ class Batcher:
         while self._expiring and self._expiring[0][0] <= self._clock():
             self.finish(heapq.heappop(self._expiring)[2], "deadline")
 
-    @property
-    def _occupied(self) -> int:
-        return sum(r is not None for r in self._slots)
-
     def _running(self) -> list[Request]:
         """Running requests, oldest first."""
         return sorted((r for r in self._slots if r is not None), key=lambda r: r.seq)
@@ -238,10 +240,10 @@ class Batcher:
         budget = self._prefill_tokens
         while budget > 0 and None in self._slots and (request := self._next()) is not None:
             if self.drains and not request.out:
-                return
+                break
             prefix = self._prefixes.get(request.key) or self._begin(request)
             if prefix is None:
-                return
+                break
             if request.admitted is None:
                 request.admitted = self._clock()
                 self.times.queue_seconds.observe(request.admitted - request.arrived)
@@ -249,11 +251,12 @@ class Batcher:
                 if not prefix.ready:
                     budget -= self._read_chunk(prefix)
                 elif not self._join(request, prefix):
-                    return
+                    break
                 else:
                     budget -= 1
             except ENGINE_ERRORS as error:
                 self._fail([request], error)
+        self._insert()
 
     def _next(self) -> Request | None:
         """The request that has waited longest."""
@@ -287,6 +290,9 @@ class Batcher:
 
     def _read_chunk(self, prefix: Prefix) -> int:
         """Tokens read: the next of a prefix, at most a chunk."""
+        copied = {seat.copy[0] for _, seat in self._seats if seat.copy is not None}
+        if not copied.isdisjoint(prefix.pages):  # it was given up since, and is written now
+            self._insert()
         piece = prefix.tokens[prefix.done : prefix.done + self.engine.chunk]
         self._state, prefix.last = self.engine.prefill(
             self._params, self._state, piece, prefix.done, prefix.pages
@@ -327,18 +333,31 @@ class Batcher:
         self._unqueue(request)
         self._seat(request, pages)
         assert prefix.last is not None
-        self._state, step = self.engine.insert(
-            self._state,
-            prefix.last,
-            slot=request.slot,
-            length=length,
-            index=len(request.out),
-            sampling=request.sampling,
-            copy=copy,
-        )
+        at = len(request.out)
+        seat = Seat(prefix.last, request.slot, length, at, request.sampling, copy)
+        self._seats.append((request, seat))
         request.take(prefix, page)
-        self._drawn.append((request, step))
+        if self._singly or len(self._seats) == self.engine.seats:
+            self._insert()
         return True
+
+    def _insert(self) -> None:
+        """None; the device knows of the rows that took slots, and draws a token for each. Where it
+        fails on several, they take slots again one by one, so that only the culprit ends.
+        """
+        if not self._seats:
+            return
+        requests = [request for request, _ in self._seats]
+        seats, self._seats = [seat for _, seat in self._seats], []
+        self._singly = max(self._singly - 1, 0)
+        try:
+            self._state, step = self.engine.insert(self._state, seats)
+        except ENGINE_ERRORS as error:
+            alone = len(requests) == 1
+            self._singly = self._singly if alone else len(requests)
+            self._fail(requests if alone else [], error)
+            return
+        self._drawn.append((requests, step))
 
     def _read_first_tokens(self) -> None:
         """None; requests that took a slot in this step have the tokens that were drawn for them,
@@ -348,19 +367,22 @@ class Batcher:
         try:
             steps = jax.device_get([step for _, step in drawn])
         except ENGINE_ERRORS as error:
-            self._fail([request for request, _ in drawn], error)
+            self._fail([request for requests, _ in drawn for request in requests], error)
             return
-        for (request, _), step in zip(drawn, steps, strict=True):
-            if request.status == "running":  # an older one may have failed with all pages
+        for (requests, _), step in zip(drawn, steps, strict=True):
+            for row, request in enumerate(requests):
+                if request.status != "running":  # an older one may have failed with all pages
+                    continue
                 if not request.out:
                     request.first = self._clock()
                     self.times.first_token_seconds.observe(request.first - request.arrived)
-                self._append(request, step, 0)
+                self._append(request, step, row)
 
     def _seat(self, request: Request, pages: list[int]) -> None:
         slot = self._slots.index(None)
         request.status, request.slot, request.pages = "running", slot, pages
         self._slots[slot] = request
+        self._occupied += 1
         self._table_BP[slot, : len(pages)] = pages
 
     def _decode(self) -> None:
@@ -448,7 +470,7 @@ class Batcher:
         """None; what the engine raised ends its culprits. The others wait again with the
         tokens they have: the state went into the call that failed.
         """
-        log.error("the engine failed %d requests", len(culprits), exc_info=error)
+        log.error("the engine failed, and %d requests with it", len(culprits), exc_info=error)
         self._stats.failures += 1
         for request in culprits:
             self.finish(request, "error", f"{type(error).__name__}: {error}")

@@ -27,12 +27,15 @@ from glm45_jax.model.transformer import Hidden, Params
 from glm45_jax.rollout import speculative
 from glm45_jax.rollout.sampling import Knobs, Sampling, knobs, sample, sample_each
 from glm45_jax.rollout.speculative import Ahead
-from glm45_jax.rollout.types import Prefilled, Step
+from glm45_jax.rollout.types import Prefilled, Seat, Step
 
 # What a scan takes of stacked weights is copied before Triton reads it, and products of one input
 # are merged by copying their weights side by side: a fifth of a decode step (docs/log.md). cuBLAS
 # reads each where it lies. No other platform looks at these.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+
+# Rows of one insert, which is small kernels and waits of the host, for one row as for a few.
+SEATS = 16
 
 
 @struct.dataclass
@@ -65,8 +68,7 @@ class GlmEngine:
     would draw without. steps: decode steps of one call, whose tokens the host gets together: it is
     waited for less often, and what a row draws past its end is dropped; 1 with drafts. kv_dtype: of
     the cache, None for the model's, or "float8_e4m3fn" for half of its bytes (model/cache.py says
-    what it costs). It compiles at most buckets x spans prefills, spans decodes, one insert and one
-    copy of a page.
+    what it costs). It compiles at most buckets x spans prefills, spans decodes and one insert.
     """
 
     cfg: ModelConfig
@@ -127,6 +129,11 @@ class GlmEngine:
     def beyond(self) -> int:
         """Tokens that a call of `decode` may draw beyond one."""
         return self.draft + self.steps - 1
+
+    @property
+    def seats(self) -> int:
+        """Most rows of one insert."""
+        return min(self.slots, SEATS)
 
     @property
     def chunk(self) -> int:
@@ -198,26 +205,28 @@ class GlmEngine:
             last = last.replace(routes_TLA=np.asarray(last.routes_TLA)[: len(tokens)])
         return state, last
 
-    def insert(
-        self,
-        state: EngineState,
-        prefilled: Prefilled,
-        *,
-        slot: int,
-        length: int,
-        index: int,
-        sampling: Sampling,
-        copy: tuple[int, int] | None = None,
-    ) -> tuple[EngineState, Step]:
-        """A row of `length` tokens takes a slot and draws token `index` of its output, which is on
-        its way: rows that are seated one after another are not waited for one by one.
+    def insert(self, state: EngineState, seats: Sequence[Seat]) -> tuple[EngineState, Step]:
+        """Rows take slots and draw the next token of their outputs, which is on its way. It costs
+        what `self.seats` rows do: those that are seated together share it.
+
+        Raises: ValueError for no row, or more than `seats`.
         """
-        if copy is not None:
-            state = copy_page(state, *(np.int32(page) for page in copy))
-        numbers = (np.int32(n) for n in (slot, length, index))
-        asked = knobs([sampling])
-        given = prefilled.replace(routes_TLA=None)  # whose length would be compiled for
-        return insert(state, given, asked, *numbers, top=self.top_logprobs)
+        if not 1 <= len(seats) <= self.seats:
+            raise ValueError(f"{len(seats)} rows are not 1 to {self.seats}; seat them in turns")
+        idle = self.seats - len(seats)
+        whole = [*seats, *[dataclasses.replace(seats[0], slot=self.slots, copy=None)] * idle]
+        copies = [seat.copy or (0, self.pages) for seat in whole]  # past the end: not kept
+        numbers = [
+            [s.slot, s.length, s.index, *copy] for s, copy in zip(whole, copies, strict=True)
+        ]
+        given = tuple(s.prefilled.replace(routes_TLA=None) for s in whole)  # of any length
+        return insert(
+            state,
+            given,
+            knobs([seat.sampling for seat in whole]),
+            np.asarray(numbers, np.int32).T,
+            top=self.top_logprobs,
+        )
 
     def decode(
         self, params: Params, state: EngineState, table_BP: np.ndarray, active_B: np.ndarray
@@ -284,43 +293,41 @@ def prefill(
     return state, Prefilled(logits_1V, routes_TLA, None if ahead is None else last_11D[:, 0])
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def copy_page(state: EngineState, source: jax.Array, target: jax.Array) -> EngineState:
-    """The state with page `source` in page `target` too: the half-filled page of a prompt that
-    several rows share.
-    """
-
-    def copied(page_LPSKH: jax.Array) -> jax.Array:
-        return page_LPSKH.at[:, target].set(page_LPSKH[:, source])
-
-    ahead = state.ahead
-    if ahead is not None:
-        tail_PD = ahead.tail_PD.at[target].set(ahead.tail_PD[source])
-        ahead = ahead.replace(tail_PD=tail_PD)
-    pages = {"k_LPSKH": copied(state.k_LPSKH), "v_LPSKH": copied(state.v_LPSKH)}
-    return state.replace(**pages, ahead=ahead)
-
-
 @functools.partial(jax.jit, static_argnames="top", donate_argnames="state")
 def insert(
     state: EngineState,
-    prefilled: Prefilled,
+    prefilled: tuple[Prefilled, ...],
     row: Knobs,
-    slot: jax.Array,
-    length: jax.Array,
-    index: jax.Array,
+    numbers_5N: jax.Array,
     *,
     top: int,
 ) -> tuple[EngineState, Step]:
-    """The state with a prefilled row in `slot`, and token `index` of its output, drawn (B = 1)."""
-    draw, ahead = sample(prefilled.logits_1V, row, index[None], top=top), state.ahead
+    """The state with N prefilled rows in their slots, and the next token of each, drawn (B = N).
+
+    numbers_5N: slot, length, index of the token, the page to copy and where to, int32: the
+    half-filled page of a prompt that several rows share. What lies past the end is not written.
+    """
+    slot_N, length_N, index_N, source_N, target_N = numbers_5N
+    logits_NV = jnp.concatenate([one.logits_1V for one in prefilled])
+    draw, ahead = sample(logits_NV, row, index_N, top=top), state.ahead
+
+    def put(x_B: jax.Array, x_N: jax.Array) -> jax.Array:
+        return x_B.at[slot_N].set(x_N, mode="drop")
+
+    def copied(page_LPSKH: jax.Array) -> jax.Array:
+        return page_LPSKH.at[:, target_N].set(page_LPSKH[:, source_N], mode="drop")
+
     if ahead is not None:
-        ahead = speculative.seat(ahead, prefilled.hidden_1D, draw.token_B, slot)
+        hidden_ND = jnp.concatenate([one.hidden_1D for one in prefilled])
+        tail_PD = ahead.tail_PD.at[target_N].set(ahead.tail_PD[source_N], mode="drop")
+        ahead = speculative.seat(ahead.replace(tail_PD=tail_PD), hidden_ND, draw.token_B, slot_N)
     state = state.replace(
-        length_B=state.length_B.at[slot].set(length),
-        token_B=state.token_B.at[slot].set(draw.token_B[0]),
-        index_B=state.index_B.at[slot].set(index + 1),
-        knobs=jax.tree.map(lambda x_B, x_1: x_B.at[slot].set(x_1[0]), state.knobs, row),
+        k_LPSKH=copied(state.k_LPSKH),
+        v_LPSKH=copied(state.v_LPSKH),
+        length_B=put(state.length_B, length_N),
+        token_B=put(state.token_B, draw.token_B),
+        index_B=put(state.index_B, index_N + 1),
+        knobs=jax.tree.map(put, state.knobs, row),
         ahead=ahead,
     )
     return state, Step(draw)

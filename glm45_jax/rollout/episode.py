@@ -67,9 +67,9 @@ class Format:
 
     def message(self, env: Env, sampled: Sequence[int]) -> dict[str, Any]:
         """The policy's message; ids of padding rows, which a young model may draw, say nothing."""
-        stop = set(self.tokenizer.stop_ids)
+        stop, vocab = self.tokenizer.stop_ids, self.tokenizer.vocab
         inside = sampled[:-1] if sampled and sampled[-1] in stop else sampled
-        text = self.tokenizer.decode(i for i in inside if i < self.tokenizer.vocab)
+        text = self.tokenizer.decode([i for i in inside if i < vocab])
         opened = self.thinking is not False if chat.FAMILIES[self.family].opening else None
         parsed = chat.parse(text, tools=env.tools, family=self.family, in_think=opened)
         return parsed.message()
@@ -158,7 +158,7 @@ class Talk:
         prompt: Sequence[int] | None = None,
     ) -> None:
         self.env, self.task, self.format, self.room = env, task, format, room
-        self._sampling = dataclasses.replace(sampling, stop=format.tokenizer.stop_ids)
+        self._sampling = sampling
         self.status: Status | None = None
         self.error = ""
         self._verdict: Verdict | None = None
@@ -169,7 +169,7 @@ class Talk:
             self._sampled = [False] * len(self.tokens)
             self._logp = [0.0] * len(self.tokens)
             self._versions = [-1] * len(self.tokens)
-            self._turns = 0
+            self._turns = self._drawn = 0
             self._turn_at = len(self.tokens)
         else:
             self._take_up(begun)
@@ -182,15 +182,15 @@ class Talk:
         self.messages, self.tokens = list(begun.messages), begun.tokens_T.tolist()
         self._sampled, self._logp = begun.sampled_T.tolist(), begun.logp_T.tolist()
         self._versions, self._turns = begun.versions_T.tolist(), begun.turns
-        drawn = np.flatnonzero(~begun.sampled_T)
-        self._turn_at = int(drawn[-1]) + 1
+        given = np.flatnonzero(~begun.sampled_T)
+        self._turn_at, self._drawn = int(given[-1]) + 1, len(self.tokens) - len(given)
         if begun.routes_TLA is not None:
             self._routes = [begun.routes_TLA[begun.routes_TLA.min(axis=(1, 2)) >= 0]]
 
     @property
     def drawn(self) -> int:
         """Tokens that the policy has written."""
-        return sum(self._sampled)
+        return self._drawn
 
     @property
     def left(self) -> int:
@@ -200,7 +200,8 @@ class Talk:
     def question(self) -> tuple[list[int], Sampling]:
         """What the engine is asked next. Draws of turns are independent, and hang on the seed."""
         seed = (self._sampling.seed + SEED_STRIDE * self.drawn) % SEEDS
-        asked = dataclasses.replace(self._sampling, max_tokens=self.left, seed=seed)
+        stop = self.format.tokenizer.stop_ids
+        asked = dataclasses.replace(self._sampling, max_tokens=self.left, stop=stop, seed=seed)
         return list(self.tokens), asked
 
     def hear(self, completion: Completion) -> Callable[[], Reaction] | None:
@@ -208,6 +209,7 @@ class Talk:
         drawn = completion.tokens_T.tolist()
         self.tokens += drawn
         self._sampled += [True] * len(drawn)
+        self._drawn += len(drawn)
         self._logp += completion.logp_T.tolist()
         self._versions += completion.versions
         if completion.routes_TLA is not None:

@@ -23,7 +23,7 @@ from glm45_jax.model.transformer import Params
 from glm45_jax.rollout.engine import EngineState, GlmEngine
 from glm45_jax.rollout.request import Request
 from glm45_jax.rollout.sampling import SEEDS, Sampling
-from glm45_jax.rollout.types import Prefilled, Step
+from glm45_jax.rollout.types import Prefilled, Seat, Step
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +99,7 @@ class FixedRows:
         asked = dataclasses.replace(self.sampling, seed=(self.sampling.seed + slots.seated) % SEEDS)
         assert prefix.cache is not None and prefix.last is not None
         state = _with_row(slots.state, prefix.cache, np.int32(slot * self.single.pages))
-        slots.state, step = self.engine.insert(
-            state, prefix.last, slot=slot, length=length, index=0, sampling=asked
-        )
+        slots.state, step = self.engine.insert(state, [Seat(prefix.last, slot, length, 0, asked)])
         slots.seated += 1
         row.ended = False
         self._take(row, jax.device_get(step), 0)

@@ -74,17 +74,14 @@ def read_chunk(
     return ahead.replace(tail_PD=_tails(ahead.tail_PD, hidden_1TD, cache, valid_1T)), cache
 
 
-def seat(
-    ahead: Ahead,
-    hidden_1D: jax.Array,
-    token_1: jax.Array,
-    slot: jax.Array,
-) -> Ahead:
-    """A row takes a slot with its first token drawn. hidden_1D: of the last token that was read."""
+def seat(ahead: Ahead, hidden_ND: jax.Array, token_N: jax.Array, slot_N: jax.Array) -> Ahead:
+    """Rows take slots with their first tokens drawn; a slot past the last is none. hidden_ND: of
+    the last token of each that was read.
+    """
     return ahead.replace(
-        token_BT=ahead.token_BT.at[slot, 0].set(token_1[0]),
-        hidden_BTD=ahead.hidden_BTD.at[slot, 0].set(hidden_1D[0]),
-        count_B=ahead.count_B.at[slot].set(1),
+        token_BT=ahead.token_BT.at[slot_N, 0].set(token_N, mode="drop"),
+        hidden_BTD=ahead.hidden_BTD.at[slot_N, 0].set(hidden_ND, mode="drop"),
+        count_B=ahead.count_B.at[slot_N].set(1, mode="drop"),
     )
 
 

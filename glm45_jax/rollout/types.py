@@ -109,6 +109,20 @@ class Prefilled:
     hidden_1D: Any = None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seat:
+    """A row of `length` tokens that takes a slot and draws token `index` of its output. copy: a
+    page, and where to copy it for this row.
+    """
+
+    prefilled: Prefilled
+    slot: int
+    length: int
+    index: int
+    sampling: Sampling
+    copy: tuple[int, int] | None = None
+
+
 @struct.dataclass
 class Step:
     """The next token of every slot, on the host where the driver sees it; rows of idle slots mean
@@ -144,9 +158,9 @@ class SlotEngine(Protocol):
     holds what.
 
     page, pages: tokens of a page, pages there are. max_tokens: that one row may hold. chunk: most
-    tokens of one prefill. beyond: tokens that a call of `decode` may draw beyond one, where the row
-    has pages for them; draft: those of them that are drafted first. A row is a list of page ids,
-    its tokens in order.
+    tokens of one prefill. seats: most rows of one insert. beyond: tokens that a call of `decode`
+    may draw beyond one, where the row has pages for them; draft: those of them that are drafted
+    first. A row is a list of page ids, its tokens in order.
     """
 
     @property
@@ -170,6 +184,10 @@ class SlotEngine(Protocol):
         """Most tokens of one prefill."""
 
     @property
+    def seats(self) -> int:
+        """Most rows of one `insert`."""
+
+    @property
     def beyond(self) -> int:
         """Tokens that a call of `decode` may draw beyond one."""
 
@@ -189,19 +207,9 @@ class SlotEngine(Protocol):
     ) -> tuple[Any, Prefilled]:
         """Tokens `start`, `start` + 1, ... of a row written to its pages."""
 
-    def insert(
-        self,
-        state: Any,
-        prefilled: Prefilled,
-        *,
-        slot: int,
-        length: int,
-        index: int,
-        sampling: Sampling,
-        copy: tuple[int, int] | None,
-    ) -> tuple[Any, Step]:
-        """A row of `length` tokens takes a slot and draws token `index` of its output (a step whose
-        B is 1, and which may still be on the device). copy: (from, to), a page to copy first.
+    def insert(self, state: Any, seats: Sequence[Seat]) -> tuple[Any, Step]:
+        """Rows take slots, at most `seats` of them, and draw a token each (a step whose B is their
+        number, or more; it may still be on the device). All pages are read before one is written.
         """
 
     def decode(

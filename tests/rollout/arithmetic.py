@@ -35,6 +35,7 @@ class Arithmetic:
     chunk: int = 8
     vocab: int = 97
     draft: int = 0
+    seats: int = 3
 
     def init(self):
         zeros = [np.zeros(self.slots, np.int64) for _ in range(4)]
@@ -51,16 +52,25 @@ class Arithmetic:
         total_1 = weighted(self.read(state, table_1P), np.asarray([start + len(tokens)]))
         return state, Prefilled((total_1, params))
 
-    def insert(self, state, prefilled, *, slot, length, index, sampling, copy):
-        if sampling.seed == BREAKS_INSERT:
-            raise RuntimeError(f"seed {sampling.seed} breaks the device")
-        if copy is not None:
-            state.page_PS[copy[1]] = state.page_PS[copy[0]]
-        total_1, params = prefilled.logits_1V
-        token_1 = next_token(total_1, np.asarray([sampling.seed]), np.asarray([index]), self.vocab)
-        state.length_B[slot], state.index_B[slot] = length, index + 1
-        state.token_B[slot], state.seed_B[slot] = token_1[0], sampling.seed
-        return state, Step(drawn(token_1, params))
+    def insert(self, state, seats):
+        assert 1 <= len(seats) <= self.seats
+        broken = [seat for seat in seats if seat.sampling.seed == BREAKS_INSERT]
+        if broken:
+            raise RuntimeError(f"seed {broken[0].sampling.seed} breaks the device")
+        moved = [(seat.copy[1], state.page_PS[seat.copy[0]].copy()) for seat in seats if seat.copy]
+        for target, page_S in moved:
+            state.page_PS[target] = page_S
+        drawn_N, params_N = [], []
+        for seat in seats:
+            total_1, params = seat.prefilled.logits_1V
+            token_1 = next_token(
+                total_1, np.asarray([seat.sampling.seed]), np.asarray([seat.index]), self.vocab
+            )
+            state.length_B[seat.slot], state.index_B[seat.slot] = seat.length, seat.index + 1
+            state.token_B[seat.slot], state.seed_B[seat.slot] = token_1[0], seat.sampling.seed
+            drawn_N.append(token_1[0])
+            params_N.append(params)
+        return state, Step(drawn(np.asarray(drawn_N), np.asarray(params_N)))
 
     def decode(self, params, state, table_BP, active_B):
         held_B = (table_BP >= 0).sum(axis=1) * self.page - state.length_B

@@ -76,10 +76,10 @@ class Tagged(Arithmetic):
         self._write(state, row, start, start + len(tokens), params)
         return state, last
 
-    def insert(self, state, prefilled, *, copy, **row):
-        if copy is not None:
-            state.by_PS[copy[1]] = state.by_PS[copy[0]]
-        return super().insert(state, prefilled, copy=copy, **row)
+    def insert(self, state, seats):
+        for target, by_S in [(s.copy[1], state.by_PS[s.copy[0]].copy()) for s in seats if s.copy]:
+            state.by_PS[target] = by_S
+        return super().insert(state, seats)
 
     def decode(self, params, state, table_BP, active_B):
         before_B = state.length_B.copy()

@@ -52,6 +52,7 @@ class Scripted:
     max_tokens: int = 512
     chunk: int = 256
     draft: int = 0
+    seats: int = 2
     beyond: int = 0
     vocab: int = VOCAB + 8  # a model's table is padded
     top_logprobs: int = 3
@@ -63,9 +64,10 @@ class Scripted:
     def prefill(self, params, state, tokens, start, row):
         return state, Prefilled(None)
 
-    def insert(self, state, prefilled, *, slot, length, index, sampling, copy):
-        state[slot] = sampling.seed, index + 1
-        return state, Step(self._draw([self._said(sampling.seed, index)]))
+    def insert(self, state, seats):
+        for seat in seats:
+            state[seat.slot] = seat.sampling.seed, seat.index + 1
+        return state, Step(self._draw([self._said(s.sampling.seed, s.index) for s in seats]))
 
     def decode(self, params, state, table_BP, active_B):
         time.sleep(self.step_seconds)

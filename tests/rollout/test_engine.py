@@ -13,6 +13,7 @@ from glm45_jax.rollout import engine as engine_lib
 from glm45_jax.rollout.driver import Driver
 from glm45_jax.rollout.engine import GlmEngine
 from glm45_jax.rollout.sampling import Sampling, generate
+from glm45_jax.rollout.types import Seat
 from tests.rollout.common import (
     CLOSE,
     MIXERS,
@@ -36,7 +37,7 @@ def test_every_bucket_and_chunk_size_gives_the_log_probs_of_one_forward_pass(tin
         state, last = engine.prefill(params, state, prompt[at : at + n], at, pages)
         at += n
     slot = len(chunks) % engine.slots
-    state, step = engine.insert(state, last, slot=slot, length=at, index=0, sampling=asked)
+    state, step = engine.insert(state, [Seat(last, slot, at, 0, asked)])
     draws = [[np.asarray(x)[0] for x in jax.tree.leaves(step.draw)]]
     table_BP = np.full((engine.slots, 8), -1, np.int32)
     table_BP[slot] = pages

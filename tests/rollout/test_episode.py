@@ -167,18 +167,19 @@ def test_ids_beyond_the_tokenizer_say_nothing():
 class Chatty(Arithmetic):
     """`Arithmetic` that ends turns often."""
 
-    def insert(self, state, prefilled, *, slot, **row):
-        state, step = super().insert(state, prefilled, slot=slot, **row)
-        return state, self._ended(state, step, np.asarray([slot]))
+    def insert(self, state, seats):
+        state, step = super().insert(state, seats)
+        return state, self._ended(state, step, [seat.slot for seat in seats], slice(None))
 
     def decode(self, params, state, table_BP, active_B):
         state, step = super().decode(params, state, table_BP, active_B)
-        return state, self._ended(state, step, np.flatnonzero(active_B))
+        slots = np.flatnonzero(active_B)
+        return state, self._ended(state, step, slots, slots)
 
-    def _ended(self, state, step, slots):
+    def _ended(self, state, step, slots, rows):
         token_B = step.draw.token_B
         token_B = np.where(token_B % 3 == 0, OBSERVATION, np.where(token_B == 96, 97, token_B))
-        state.token_B[slots] = token_B if len(token_B) == 1 else token_B[slots]
+        state.token_B[slots] = token_B[rows]
         return step.replace(draw=step.draw.replace(token_B=token_B))
 
 

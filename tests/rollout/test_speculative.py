@@ -18,6 +18,7 @@ from glm45_jax.rollout import speculative
 from glm45_jax.rollout.driver import Driver
 from glm45_jax.rollout.engine import GlmEngine
 from glm45_jax.rollout.sampling import Sampling
+from glm45_jax.rollout.types import Seat
 from tests.rollout.common import (
     CLOSE,
     MIXERS,
@@ -102,7 +103,7 @@ def test_every_bucket_and_chunk_size_gives_the_log_probs_of_one_forward_pass(dra
         state, last = engine.prefill(params, state, prompt[at : at + n], at, pages)
         at += n
     slot = len(chunks) % engine.slots
-    state, step = engine.insert(state, last, slot=slot, length=at, index=0, sampling=asked)
+    state, step = engine.insert(state, [Seat(last, slot, at, 0, asked)])
     draws = [[x[0] for x in jax.tree.leaves(step.draw)]]
     table_BP = np.full((engine.slots, 8), -1, np.int32)
     table_BP[slot] = pages
@@ -187,7 +188,7 @@ def test_drafts_past_the_pages_of_a_row_are_not_believed():
     (prompt,) = random_prompts(4, [7])
     state, last = engine.prefill(params, engine.init(), prompt, 0, [5, 2])
     ask = Sampling(seed=1)
-    state, step = engine.insert(state, last, slot=1, length=7, index=0, sampling=ask)
+    state, step = engine.insert(state, [Seat(last, 1, 7, 0, ask)])
     out, counts = [int(step.draw.token_B[0])], []
     table_BP = np.full((3, 8), -1, np.int32)
     for row in ([5, 2], [5, 2, 7], [5, 2, 7, 0]):

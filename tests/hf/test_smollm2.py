@@ -300,12 +300,17 @@ def test_the_glm_tokens_follow_the_model_s_and_fit_its_table(tmp_path):
 
 
 @needs_wheel
-def test_new_tokens_take_next_to_nothing_from_the_old_ones_but_where_a_turn_ends(dense_TV):
+def test_new_tokens_take_next_to_nothing_from_the_old_ones_but_where_turns_and_thoughts_end(
+    dense_TV,
+):
     tokenizer = smollm2.tokenizer()
-    end, user = tokenizer.id_of("<|endoftext|>"), tokenizer.id_of("<|user|>")
-    np.testing.assert_allclose(dense_TV[:, end], dense_TV[:, 0], atol=1e-4)
-    np.testing.assert_allclose(dense_TV[:, user], dense_TV[:, smollm2.END_OF_TURN], atol=1e-4)
-    others = [i for i in range(smollm2.BASE, smollm2.ROWS) if i not in (end, user)]
+    angle, new_line = tokenizer.encode("<")[0], tokenizer.encode("\n")[0]
+    as_old = {"<|endoftext|>": 0, "<|user|>": smollm2.END_OF_TURN}
+    as_old |= {"<think>": angle, "</think>": new_line}
+    for text, old in as_old.items():
+        np.testing.assert_allclose(dense_TV[:, tokenizer.id_of(text)], dense_TV[:, old], atol=1e-4)
+    known = {tokenizer.id_of(text) for text in as_old}
+    others = [i for i in range(smollm2.BASE, smollm2.ROWS) if i not in known]
     p_TV = np.exp(dense_TV - dense_TV.max(axis=-1, keepdims=True))
     # Jensen: what the mean row scores is less than the mean of what the rows score.
     most = len(others) / smollm2.BASE * p_TV[:, : smollm2.BASE].sum(axis=-1)

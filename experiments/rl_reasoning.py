@@ -314,6 +314,7 @@ def smollm2(model: ModelConfig = smol.smollm2(), name: str = "rl_smollm2") -> Ex
             sampling=Sampling(max_tokens=256),
             serving=Serving(slots=256, pages=8192, max_tokens=SMOL_ROW, buckets=(64, 256)),
             split=Split(first=10_000),  # those before are shown
+            oversample=1.0,  # of sums and stories most are right, or wrong, every time
             evaluation=Evaluation(world=School(held_out=True), tasks=512, every=25),
             thinking=False,
             cold_start=ColdStart(

@@ -187,9 +187,11 @@ class Rl:
     policy, which corrections need; else the engine's word. most_mismatch: KL of engine to trainer,
     in nats a token, of tokens drawn by the very weights that are trained, beyond which the run
     ends; None looks away. dynamic: groups that agree are replaced by others, at most `most_dropped`
-    times a batch. temperature: how it rises when the reward stands still. alarms: of reward
-    hacking, which are logged. judges: threads in which worlds step and judge, for those that run
-    programs; 0: between two steps of the engine.
+    times a batch; oversample: of those that will be dropped, by the share that was so far, the part
+    that is begun at once and not when they are missed: 1 fills a batch in a wave or two, for some
+    groups too many, which sync mode samples anew for the next batch. temperature: how it rises when
+    the reward stands still. alarms: of reward hacking, which are logged. judges: threads in which
+    worlds step and judge, for those that run programs; 0: between two steps of the engine.
     thinking, family: of the chat format. cold_start: what comes before the first batch.
     """
 
@@ -211,6 +213,7 @@ class Rl:
     most_mismatch: float | None = 1e-2
     dynamic: bool = True
     most_dropped: float = 20.0
+    oversample: float = 0.0
     temperature: Dynamic | None = None
     alarms: tuple[Rule, ...] = RULES
     judges: int = 0
@@ -223,6 +226,10 @@ class Rl:
             raise ValueError(
                 f"groups {self.groups}, samples {self.samples}: a batch needs a group, and a group "
                 "two samples to differ"
+            )
+        if not 0 <= self.oversample <= 1:
+            raise ValueError(
+                f"oversample {self.oversample} is not in 0 to 1: a part of the dropped"
             )
         if not 1 <= self.updates <= self.groups:
             raise ValueError(f"updates {self.updates} of {self.groups} groups: each needs one")

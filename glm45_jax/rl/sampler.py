@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -171,10 +172,10 @@ class Sampler:
         while (taken := self.pool.take(batch)) is None:
             ready = self.pool.counts()["ready"]
             self._fill(batch)
-            while ready < groups:
+            while ready < groups or self._late():
                 if not self._leases:
                     raise StarvedError(f"batch {batch}: no prompt waits; {self.pool.counts()}")
-                ended = self._settle(stop, groups - ready)
+                ended = self._settle(stop, max(groups - ready, 1))
                 if stop():
                     return None
                 ready += ended.count("ready")
@@ -190,9 +191,26 @@ class Sampler:
                         f"batch {batch}: {spent} groups were dropped for {groups}; use other "
                         "tasks, or rl.dynamic=false to train on what there is"
                     )
-                if ended.count("ready") < len(ended):
+                if ready < groups and ended.count("ready") < len(ended):
                     self._fill(batch)
         return taken
+
+    def _late(self) -> bool:
+        """Whether a batch has to wait for groups that it may not need. In sync mode nothing is
+        under way while the weights change, and the first groups in the queue's order are the batch,
+        not those that were quick.
+        """
+        return self._rl.oversample > 0 and self.pool.rules.staleness == 0 and bool(self._leases)
+
+    def _spare(self) -> int:
+        """Groups to be under way beyond those that the batch misses: so many of them will go."""
+        if not self._rl.oversample:
+            return 0
+        counts = self.pool.counts()
+        kept = 1 + counts["ready"] + counts["taken"] + counts["trained"]
+        share = counts["dropped"] / (kept + counts["dropped"])
+        missed = max(self._rl.groups - counts["ready"], 0)
+        return math.ceil(self._rl.oversample * missed * share / (1 - share))
 
     def held_out(self, numbers: Sequence[int], samples: int, sampling: Sampling) -> np.ndarray:
         """Rewards of tasks that are not trained on, [C, J]; what else is under way goes on.
@@ -257,8 +275,9 @@ class Sampler:
 
     def _fill(self, version: int) -> None:
         """None; as many groups are under way as the capacity rule lets."""
-        while (room := self.pool.room(version)) > 0:
-            leases = self.pool.lease(room, version=version)
+        spare = self._spare()
+        while (room := self.pool.room(version) + spare) > 0:
+            leases = self.pool.lease(room, version=version, spare=spare)
             for lease in leases:
                 self._leases[lease.token] = lease, {}
                 for sample in lease.samples:

@@ -24,12 +24,14 @@ class Answers:
     def __init__(self, passes, failing=()):
         self.passes, self.failing, self.jobs = passes, failing, []
         self._begun, self._ended = [], []
+        self.polls = self.version = 0
 
     def start(self, job):
         self.jobs.append(job)
         self._begun.append(job)
 
     def poll(self):
+        self.polls += 1
         done, self._ended, self._begun = self._ended, self._begun, []
         return [(job, self._answer(job)) for job in done]
 
@@ -37,11 +39,11 @@ class Answers:
         number = job.prompt.number
         return Trajectory(
             task_id=str(number),
-            group=job.key,
+            group=job.prompt.key,
             tokens_T=np.zeros(2, np.int32),
             sampled_T=np.array([False, True]),
             logp_T=np.zeros(2, np.float32),
-            versions_T=np.zeros(2, np.int32),
+            versions_T=np.full(2, self.version, np.int32),
             reward=float(job.sample < self.passes.get(number, 0)),
             status="error" if number in self.failing else "done",
         )

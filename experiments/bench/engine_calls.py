@@ -67,6 +67,7 @@ def measure(name: str, *, slots: int, steps: int, filled: int) -> list[dict[str,
         max_tokens=16 * width,
         buckets=(96, 224),
         steps=steps,
+        together=min(16, slots),
     )
     state, last = engine.init(), None
     pages = np.arange(slots * width, dtype=np.int32).reshape(slots, width)
@@ -91,8 +92,19 @@ def measure(name: str, *, slots: int, steps: int, filled: int) -> list[dict[str,
         state, step = engine.decode(params, state, pages, active_B)
         return step.draw.token_B
 
+    def together(tokens: int) -> Any:
+        nonlocal state, last
+        ids = rng.integers(0, 1000, (engine.together, tokens)).tolist()
+        rows = pages[: engine.together].tolist()
+        state, lasts = engine.prefill_whole(params, state, ids, rows)
+        last = lasts[-1]
+        return last.logits_1V
+
     calls: dict[str, Callable[[], Any]] = {
         f"prefill {n}": functools.partial(prefill, n) for n in engine.buckets
+    }
+    calls |= {
+        f"prefill {engine.together} x {n}": functools.partial(together, n) for n in engine.buckets
     }
     calls |= {f"insert {engine.seats}": functools.partial(insert, engine.seats)}
     rows = []

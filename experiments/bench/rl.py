@@ -130,7 +130,8 @@ def case_of(backend: str, batches: int) -> Case:
                 max_tokens=512,
                 buckets=(256,),
                 steps=4,
-                prefill_tokens=4096,
+                together=8,
+                prefill_tokens=16_384,
             ),
             split=Split(first=0 if cpu else 1000),  # numbers of as many digits
             evaluation=Evaluation(tasks=0),

@@ -89,7 +89,7 @@ def served(cfg: ModelConfig, rl: Rl, device: jax.Device) -> Iterator[tuple[str, 
     params = jax.eval_shape(functools.partial(_weights, cfg=cfg, fp8=rl.push.fp8))
     put = functools.partial(jax.tree.map, functools.partial(_placed, device=device))
     params, idle = put(params), jax.eval_shape(engine.init)
-    state, number = put(idle), _of((), jnp.int32)
+    state = put(idle)
     table = _of((engine.slots, engine.row_pages), jnp.int32)
     active = _of((engine.slots,), jnp.bool_)
     yield (
@@ -106,22 +106,23 @@ def served(cfg: ModelConfig, rl: Rl, device: jax.Device) -> Iterator[tuple[str, 
         ),
     )
     for name, held in (("first prefill", idle), ("prefill", state)):
-        for width in engine.buckets:
-            yield (
-                f"{name} of {width}",
-                functools.partial(
-                    engines.prefill.lower,
-                    params,
-                    held,
-                    _of((1, width), jnp.int32),
-                    number,
-                    number,
-                    _of((1, engine.row_pages), jnp.int32),
-                    cfg=cfg,
-                    routes=engine.routes,
-                    fresh=True,
-                ),
-            )
+        for rows in sorted({1, engine.together}):
+            for width in engine.buckets:
+                yield (
+                    f"{name} of {rows} x {width}",
+                    functools.partial(
+                        engines.prefill.lower,
+                        params,
+                        held,
+                        _of((rows, width), jnp.int32),
+                        _of((rows,), jnp.int32),
+                        _of((rows,), jnp.int32),
+                        _of((rows, engine.row_pages), jnp.int32),
+                        cfg=cfg,
+                        routes=engine.routes,
+                        fresh=True,
+                    ),
+                )
     last = put(Prefilled(_of((1, cfg.vocab), jnp.float32), None, None))
     row = jax.tree.map(lambda x: _of(x.shape, x.dtype), knobs([Sampling()] * engine.seats))
     numbers, top = _of((5, engine.seats), jnp.int32), engine.top_logprobs

@@ -52,7 +52,8 @@ class Sizes:
     it, by mode, so that nearly all batches have one shape. out: longest answer, by mode. tasks: of
     a score; the stock model, which answers at length, gets a quarter. micro: rows of a forward pass
     of the mixture. slots: all samples of a batch, so that its longest answer is waited for once.
-    steps: of the engine, between two looks of the host. each_s: of an arm, without its scores.
+    steps, together: decode steps and prompts of one call of the engine. each_s: of an arm, without
+    its scores.
     """
 
     groups: int = 64
@@ -66,9 +67,10 @@ class Sizes:
     tasks: int = 1024
     slots: int = 512
     steps: int = 4
+    together: int = 16
     pages: int = 12_288
     buckets: tuple[int, ...] = (96, 224)
-    prefill_tokens: int = 4096
+    prefill_tokens: int = 32_768
     cold_steps: int = 100
     cold_rows: int = 32
     shown: int = 8000
@@ -88,6 +90,7 @@ TINY = Sizes(
     micro=4,
     tasks=4,
     slots=4,
+    together=2,
     pages=128,
     prefill_tokens=256,
     cold_steps=2,
@@ -162,6 +165,7 @@ def base(model: str, mode: str, sizes: Sizes, workdir: pathlib.Path) -> Experime
             slots=sizes.slots,
             pages=sizes.pages,
             steps=sizes.steps,
+            together=sizes.together,
             max_tokens=sizes.row,
             buckets=sizes.buckets,
             prefill_tokens=sizes.prefill_tokens,

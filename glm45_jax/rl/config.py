@@ -104,6 +104,7 @@ class Serving:
     spans: tuple[int, ...] = ()
     draft: int = 0
     steps: int = 1
+    together: int = 1
     kv_dtype: str | None = None
     prefill_tokens: int = 1024
     reuse: bool = True
@@ -111,7 +112,7 @@ class Serving:
     def engine(self, cfg: ModelConfig, *, routes: bool) -> GlmEngine:
         """The engine of a model."""
         names = ("slots", "pages", "page", "max_tokens", "buckets", "spans", "draft", "steps")
-        sizes = {name: getattr(self, name) for name in (*names, "kv_dtype")}
+        sizes = {name: getattr(self, name) for name in (*names, "together", "kv_dtype")}
         return GlmEngine(cfg, routes=routes, **sizes)
 
 

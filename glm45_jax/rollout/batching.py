@@ -18,17 +18,19 @@ import numpy as np
 
 from glm45_jax.rollout.pages import Pages, Prefix, Prefixes, names_of
 from glm45_jax.rollout.prometheus import Times
-from glm45_jax.rollout.request import Request, key_of
-from glm45_jax.rollout.types import Finish, Policy, Seat, SlotEngine, Stats, Step
+from glm45_jax.rollout.request import Request, key_of, others_behind
+from glm45_jax.rollout.types import (
+    ENGINE_ERRORS,
+    Finish,
+    Policy,
+    Prefilled,
+    Seat,
+    SlotEngine,
+    Stats,
+    Step,
+)
 
 log = logging.getLogger(__name__)
-
-# What an engine may raise for a request or a device (jax's own errors are among them). Any other is
-# a bug in this room.
-ENGINE_ERRORS = (
-    *(ValueError, TypeError, RuntimeError, ArithmeticError),
-    *(LookupError, MemoryError, OSError, AttributeError),
-)
 
 
 class Batcher:
@@ -63,12 +65,9 @@ class Batcher:
         self._waiting: list[tuple[int, Request]] = []  # heap; those that ended are skipped
         self._expiring: list[tuple[float, int, Request]] = []  # heap
         self._stats = Stats(version=version)
-        self._queued = 0
+        self._queued = self._singly = 0  # to go one by one: some broke a call together
         self._seats: list[tuple[Request, Seat]] = []  # that the device has not been told of
-        self._drawn: list[
-            tuple[list[Request], Step]
-        ] = []  # first tokens of this step, not read yet
-        self._singly = 0  # rows to be seated one by one: some broke an insert together
+        self._drawn: list[tuple[list[Request], Step]] = []  # first tokens, unread
         self._pending: tuple[Any, int] | None = None  # weights that wait for what has begun
         self.times = Times()
         self.unfinished: dict[int, Request] = {}
@@ -245,11 +244,10 @@ class Batcher:
             if prefix is None:
                 break
             if request.admitted is None:
-                request.admitted = self._clock()
-                self.times.queue_seconds.observe(request.admitted - request.arrived)
+                request.admitted = self.times.admitted(self._clock(), request.arrived)
             try:
                 if not prefix.ready:
-                    budget -= self._read_chunk(prefix)
+                    budget -= self._read_next(request, prefix)
                 elif not self._join(request, prefix):
                     break
                 else:
@@ -288,24 +286,55 @@ class Batcher:
         prefix = Prefix(tokens, found + new, request.names, len(found) * page, routes=routes)
         return self._prefixes.begin(request.key, prefix)
 
-    def _read_chunk(self, prefix: Prefix) -> int:
-        """Tokens read: the next of a prefix, at most a chunk."""
+    def _read_next(self, request: Request, prefix: Prefix) -> int:
+        """Tokens read: the next chunk of a prefix, or all of short ones that are begun together."""
+        begun = [prefix, *self._short_behind(request, prefix)]
         copied = {seat.copy[0] for _, seat in self._seats if seat.copy is not None}
-        if not copied.isdisjoint(prefix.pages):  # it was given up since, and is written now
-            self._insert()
-        piece = prefix.tokens[prefix.done : prefix.done + self.engine.chunk]
-        self._state, prefix.last = self.engine.prefill(
-            self._params, self._state, piece, prefix.done, prefix.pages
-        )
-        prefix.done += len(piece)
-        if prefix.last.routes_TLA is not None:
-            prefix.routes.append(prefix.last.routes_TLA)
+        if not copied.isdisjoint(page for one in begun for page in one.pages):
+            self._insert()  # that page was given up since, and is written now
+        if len(begun) == 1:
+            piece = prefix.tokens[prefix.done : prefix.done + self.engine.chunk]
+            self._state, last = self.engine.prefill(
+                self._params, self._state, piece, prefix.done, prefix.pages
+            )
+            self._has_read(prefix, len(piece), last)
+            return len(piece)
+        tokens, rows = [one.tokens for one in begun], [one.pages for one in begun]
+        try:
+            self._state, lasts = self.engine.prefill_whole(self._params, self._state, tokens, rows)
+            for one, last in zip(begun, lasts, strict=True):
+                self._has_read(one, len(one.tokens), last)
+        except ENGINE_ERRORS as error:  # one by one the culprit will be known
+            self._singly = len(begun)
+            self._fail([], error)
+        return sum(map(len, tokens))
+
+    def _short_behind(self, request: Request, prefix: Prefix) -> list[Prefix]:
+        """Prefixes that are begun now, of the next who wait: new prompts of a chunk at most."""
+        most, chunk = self.engine.together - 1, self.engine.chunk
+        if not most or self._singly or prefix.done or len(prefix.tokens) > chunk:
+            return []
+        found: list[Prefix] = []
+        for one in others_behind(self._waiting, request, most):
+            room = self._pages.free - self._occupied - len(found) - 1  # a page for each to go on
+            fits = one.length <= chunk and one.length // self.engine.page < room
+            if len(found) == most or not fits or (self.drains and not one.out):
+                break
+            if self._prefixes.get(one.key) is None:
+                other = self._begin(one)
+                if other is None or other.done:  # its first pages were found: it goes by itself
+                    break
+                found.append(other)
+        return found
+
+    def _has_read(self, prefix: Prefix, count: int, last: Prefilled) -> None:
+        """None; so many more tokens of a prefix are in the cache."""
+        prefix.read(count, last)
         if prefix.ready and prefix.names:
             full = prefix.pages[: len(prefix.names)]
             self._name(full, prefix.names, np.concatenate(prefix.routes) if prefix.routes else None)
         self._stats.prefill_chunks += 1
-        self._stats.prefill_tokens += len(piece)
-        return len(piece)
+        self._stats.prefill_tokens += count
 
     def _join(self, request: Request, prefix: Prefix) -> bool:
         """Whether a request took a slot over a ready prefix, and its next token with it.
@@ -374,8 +403,7 @@ class Batcher:
                 if request.status != "running":  # an older one may have failed with all pages
                     continue
                 if not request.out:
-                    request.first = self._clock()
-                    self.times.first_token_seconds.observe(request.first - request.arrived)
+                    request.first = self.times.began(self._clock(), request.arrived)
                 self._append(request, step, row)
 
     def _seat(self, request: Request, pages: list[int]) -> None:
@@ -405,7 +433,9 @@ class Batcher:
             return
         self._stats.decode_steps += 1
         if self.engine.draft:
-            self._count_drafts(running, step.count_B)
+            size, draft = self.engine.page, self.engine.draft
+            whole = [r.slot for r in running if len(r.pages) * size - r.cached > draft]
+            self._stats.count_drafts(step.count_B[whole])
         for request in running:
             if request.status == "running":  # an older one may have failed with all pages
                 self._append(request, step, request.slot)
@@ -437,15 +467,6 @@ class Batcher:
             (page,) = self._pages.take(1) or []
             self._table_BP[request.slot, len(request.pages)] = page
             request.pages.append(page)
-
-    def _count_drafts(self, running: list[Request], count_B: np.ndarray) -> None:
-        size, draft = self.engine.page, self.engine.draft
-        whole = [r.slot for r in running if len(r.pages) * size - r.cached > draft]
-        count_R, stats = count_B[whole], self._stats
-        stats.drafted += len(whole)
-        stats.accepted_1 += int((count_R > 1).sum())
-        stats.accepted_2 += int((count_R > 2).sum())
-        stats.accepted_3 += int((count_R > 3).sum())
 
     def _append(self, request: Request, step: Step, row: int) -> None:
         """None; the request has the tokens that a step drew for it, up to the one that ends it."""

@@ -66,7 +66,8 @@ class GlmEngine:
     routes: whether experts are returned. top_logprobs: of how many of the likeliest tokens. draft:
     tokens that MTP drafts a step, 0 to 3; a step then draws 1 to draft + 1, the same ones that it
     would draw without. steps: decode steps of one call, whose tokens the host gets together: it is
-    waited for less often, and what a row draws past its end is dropped; 1 with drafts. kv_dtype: of
+    waited for less often, and what a row draws past its end is dropped; 1 with drafts. together:
+    short prompts that one call may read, where so many wait; 1 with drafts. kv_dtype: of
     the cache, None for the model's, or "float8_e4m3fn" for half of its bytes (model/cache.py says
     what it costs). It compiles at most buckets x spans prefills, spans decodes and one insert.
     """
@@ -82,6 +83,7 @@ class GlmEngine:
     top_logprobs: int = 0
     draft: int = 0
     steps: int = 1
+    together: int = 1
     kv_dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -116,6 +118,11 @@ class GlmEngine:
             raise ValueError(
                 f"steps {self.steps} with draft {self.draft}: there is at least 1 step, and one "
                 "with drafts"
+            )
+        if self.together < 1 or (self.together > 1 and self.draft):
+            raise ValueError(
+                f"together {self.together} with draft {self.draft}: a call reads at least 1 "
+                "prompt, and one with drafts"
             )
         if self.routes and not self.cfg.n_moe:
             raise ValueError("routes of a model without MoE layers (n_moe = 0); use routes=False")
@@ -178,32 +185,68 @@ class GlmEngine:
 
         Raises: ValueError for no token, or more than the largest bucket.
         """
-        if not 1 <= len(tokens) <= self.chunk:
+        state, (last,) = self._read(params, state, [tokens], [row], start=start)
+        return state, last
+
+    def prefill_whole(
+        self,
+        params: Params,
+        state: EngineState,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int]],
+    ) -> tuple[EngineState, list[Prefilled]]:
+        """Prompts of one chunk each, all of their tokens written to the pages of their rows, in one
+        call that costs what `together` of the longest do.
+
+        Raises: ValueError for no prompt or more than `together`, or one that is no chunk.
+        """
+        if not 1 <= len(prompts) <= self.together:
+            raise ValueError(f"{len(prompts)} prompts are not 1 to {self.together}, of `together`")
+        return self._read(params, state, prompts, rows, places=self.together)
+
+    def _read(
+        self,
+        params: Params,
+        state: EngineState,
+        pieces: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int]],
+        *,
+        start: int = 0,
+        places: int = 1,
+    ) -> tuple[EngineState, list[Prefilled]]:
+        longest = max(map(len, pieces))
+        if not 1 <= min(map(len, pieces)) <= longest <= self.chunk:
             raise ValueError(
-                f"{len(tokens)} tokens are not a chunk of 1 to {self.chunk}; split them, or change "
+                f"{longest} tokens are not a chunk of 1 to {self.chunk}; split them, or change "
                 "buckets"
             )
-        width = next(n for n in self.buckets if n >= len(tokens))
-        tokens_1T = np.zeros((1, width), np.int32)
-        tokens_1T[0, : len(tokens)] = tokens
+        tokens_NT = np.zeros((places, next(n for n in self.buckets if n >= longest)), np.int32)
+        count_N = np.zeros(places, np.int32)
         # Only what the chunk reads: a row may own pages further on.
-        table_1P = np.full((1, self._span(-(-(start + len(tokens)) // self.page))), self.pages)
-        reach = min(len(row), table_1P.shape[1])
-        table_1P[0, :reach] = row[:reach]
-        state, last = prefill(
+        reach = self._span(-(-(start + longest) // self.page))
+        table_NP = np.full((places, reach), self.pages, np.int32)
+        for n, (tokens, row) in enumerate(zip(pieces, rows, strict=True)):
+            tokens_NT[n, : len(tokens)], count_N[n] = tokens, len(tokens)
+            table_NP[n, : min(len(row), reach)] = row[:reach]
+        state, found = prefill(
             params,
             state,
-            tokens_1T,
-            np.int32(len(tokens)),
-            np.int32(start),
-            table_1P.astype(np.int32),
+            tokens_NT,
+            count_N,
+            np.full(places, start, np.int32),
+            table_NP,
             cfg=self.cfg,
             routes=self.routes,
             fresh=bool(start == 0),
         )
-        if last.routes_TLA is not None:
-            last = last.replace(routes_TLA=np.asarray(last.routes_TLA)[: len(tokens)])
-        return state, last
+        read = list(found[: len(pieces)])
+        if self.routes:
+            whole = jax.device_get([one.routes_TLA for one in read])
+            read = [
+                one.replace(routes_TLA=routes_TLA[: len(tokens)])
+                for one, tokens, routes_TLA in zip(read, pieces, whole, strict=True)
+            ]
+        return state, read
 
     def insert(self, state: EngineState, seats: Sequence[Seat]) -> tuple[EngineState, Step]:
         """Rows take slots and draw the next token of their outputs, which is on its way. It costs
@@ -262,35 +305,43 @@ class GlmEngine:
 def prefill(
     params: Params,
     state: EngineState,
-    tokens_1T: jax.Array,
-    count: jax.Array,
-    start: jax.Array,
-    table_1P: jax.Array,
+    tokens_NT: jax.Array,
+    count_N: jax.Array,
+    start_N: jax.Array,
+    table_NP: jax.Array,
     *,
     cfg: ModelConfig,
     routes: bool,
     fresh: bool,
-) -> tuple[EngineState, Prefilled]:
-    """The state with a chunk's keys and values in it, the logits after its last token, float32, and
-    with `routes` the experts of all T tokens.
+) -> tuple[EngineState, tuple[Prefilled, ...]]:
+    """The state with chunks of N rows in it, their keys and values; of each the logits after its
+    last token, float32, and with `routes` the experts of all T tokens.
 
-    tokens_1T: right-padded, `count` of them valid, the first at position `start`. table_1P: pages
-    of the row; ids past the last page mean none. fresh: start is 0: the tokens see each other
-    alone, by the kernel of training.
+    tokens_NT: right-padded, `count_N` of them valid, the first at position `start_N`. table_NP:
+    pages of the rows; ids past the last page mean none. fresh: starts are 0: the tokens see each
+    other alone, by the kernel of training.
     """
-    valid_1T = jnp.arange(tokens_1T.shape[1], dtype=jnp.int32)[None, :] < count
-    cache = KVCache(state.k_LPSKH, state.v_LPSKH, table_1P, start[None], fresh=fresh)
-    hidden, after = transformer.decode(params, tokens_1T, cache, cfg=cfg, valid_BT=valid_1T)
-    cache, ahead = after.replace(length_B=start[None], fresh=False), state.ahead
+    valid_NT = jnp.arange(tokens_NT.shape[1], dtype=jnp.int32)[None, :] < count_N[:, None]
+    cache = KVCache(state.k_LPSKH, state.v_LPSKH, table_NP, start_N, fresh=fresh)
+    hidden, after = transformer.decode(params, tokens_NT, cache, cfg=cfg, valid_BT=valid_NT)
+    cache, ahead = after.replace(length_B=start_N, fresh=False), state.ahead
     if ahead is not None:
         ahead, cache = speculative.read_chunk(
-            params, ahead, hidden.hidden_BTD, tokens_1T, cache, valid_1T, cfg=cfg
+            params, ahead, hidden.hidden_BTD, tokens_NT, cache, valid_NT, cfg=cfg
         )
-    last_11D = jax.lax.dynamic_slice_in_dim(hidden.hidden_BTD, count - 1, 1, axis=1)
-    logits_1V = transformer.logits(params, last_11D, cfg=cfg)[:, 0]
-    routes_TLA = chosen(params, hidden, cfg)[0] if routes else None
+    last_N11 = jnp.maximum(count_N - 1, 0)[:, None, None]
+    last_N1D = jnp.take_along_axis(hidden.hidden_BTD, last_N11, axis=1)
+    logits_NV = transformer.logits(params, last_N1D, cfg=cfg)[:, 0]
+    routes_NTLA = chosen(params, hidden, cfg) if routes else None
     state = state.replace(k_LPSKH=cache.k_LPSKH, v_LPSKH=cache.v_LPSKH, ahead=ahead)
-    return state, Prefilled(logits_1V, routes_TLA, None if ahead is None else last_11D[:, 0])
+    return state, tuple(
+        Prefilled(
+            logits_NV[n : n + 1],
+            None if routes_NTLA is None else routes_NTLA[n],
+            None if ahead is None else last_N1D[n],
+        )
+        for n in range(tokens_NT.shape[0])
+    )
 
 
 @functools.partial(jax.jit, static_argnames="top", donate_argnames="state")

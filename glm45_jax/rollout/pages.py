@@ -183,6 +183,12 @@ class Prefix:
     last: Prefilled | None = None
     routes: list[np.ndarray] = dataclasses.field(default_factory=list)
 
+    def read(self, count: int, last: Prefilled) -> None:
+        """None; so many more tokens are in the cache. last: what their prefill left."""
+        self.done, self.last = self.done + count, last
+        if last.routes_TLA is not None:
+            self.routes.append(last.routes_TLA)
+
     @property
     def ready(self) -> bool:
         """Whether all of it is in the cache."""

@@ -50,6 +50,16 @@ class Times:
     token_seconds: Histogram = dataclasses.field(default_factory=lambda: Histogram(SECONDS))
     output_length: Histogram = dataclasses.field(default_factory=lambda: Histogram(TOKENS))
 
+    def admitted(self, now: float, arrived: float) -> float:
+        """Now; a prompt was begun."""
+        self.queue_seconds.observe(now - arrived)
+        return now
+
+    def began(self, now: float, arrived: float) -> float:
+        """Now; a request has its first token."""
+        self.first_token_seconds.observe(now - arrived)
+        return now
+
     def ended(self, tokens: int, seconds: float) -> None:
         """None; an output of so many tokens ended so long after its first."""
         self.output_length.observe(tokens)

@@ -5,8 +5,9 @@ best tokens.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from glm45_jax.rollout.pages import Prefix
 from glm45_jax.rollout.sampling import Sampling
 from glm45_jax.rollout.types import Completion, Finish, Piece, SlotEngine, Step
+
+LOOK = 16  # requests of one prompt that are looked through for the next
 
 
 @dataclasses.dataclass(eq=False)
@@ -61,6 +64,11 @@ class Request:
     def tokens(self) -> list[int]:
         """Prompt and output: what is to be prefilled when it (again) gets a slot."""
         return self.prompt + self.out
+
+    @property
+    def length(self) -> int:
+        """Of `tokens`."""
+        return len(self.prompt) + len(self.out)
 
     def refusal(self, engine: SlotEngine) -> str | None:
         """Why this engine cannot serve it, with the way out; None where it can."""
@@ -161,3 +169,16 @@ class Request:
 def key_of(tokens: Sequence[int]) -> bytes:
     """Tokens as something that hashes once."""
     return np.asarray(tokens, np.int32).tobytes()
+
+
+def others_behind(
+    waiting: list[tuple[int, Request]], request: Request, count: int
+) -> Iterator[Request]:
+    """Requests that wait behind one, of each other prompt the first, in their order; as far as
+    `count` prompts may be, whose groups are not larger than `LOOK`. waiting: a heap.
+    """
+    keys = {request.key}
+    for _, one in heapq.nsmallest(LOOK * (count + 1), waiting):
+        if one.status == "waiting" and one.key not in keys:
+            keys.add(one.key)
+            yield one

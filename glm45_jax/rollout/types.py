@@ -17,6 +17,13 @@ from glm45_jax.rollout.sampling import Draw, Sampling
 
 Finish = Literal["stop", "length", "cancelled", "deadline", "error"]
 
+# What an engine may raise for a request or a device (jax's own errors are among them). Any other is
+# a bug in this room.
+ENGINE_ERRORS = (
+    *(ValueError, TypeError, RuntimeError, ArithmeticError),
+    *(LookupError, MemoryError, OSError, AttributeError),
+)
+
 # What a push does to running rows: they end before it, go on over the keys they have, or have them
 # made anew.
 Policy = Literal["drain", "in_flight", "abort_and_resume"]
@@ -96,6 +103,13 @@ class Stats:
     cancelled: int = 0
     deadline: int = 0
     error: int = 0
+
+    def count_drafts(self, count_R: np.ndarray) -> None:
+        """None; rows that had room for all drafts of a step drew so many tokens each."""
+        self.drafted += len(count_R)
+        self.accepted_1 += int((count_R > 1).sum())
+        self.accepted_2 += int((count_R > 2).sum())
+        self.accepted_3 += int((count_R > 3).sum())
 
 
 @struct.dataclass
@@ -184,6 +198,10 @@ class SlotEngine(Protocol):
         """Most tokens of one prefill."""
 
     @property
+    def together(self) -> int:
+        """Most prompts of one `prefill_whole`."""
+
+    @property
     def seats(self) -> int:
         """Most rows of one `insert`."""
 
@@ -206,6 +224,15 @@ class SlotEngine(Protocol):
         self, params: Any, state: Any, tokens: Sequence[int], start: int, row: Sequence[int]
     ) -> tuple[Any, Prefilled]:
         """Tokens `start`, `start` + 1, ... of a row written to its pages."""
+
+    def prefill_whole(
+        self,
+        params: Any,
+        state: Any,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[Sequence[int]],
+    ) -> tuple[Any, list[Prefilled]]:
+        """Prompts of at most a chunk, at most `together`, each whole, to the pages of its row."""
 
     def insert(self, state: Any, seats: Sequence[Seat]) -> tuple[Any, Step]:
         """Rows take slots, at most `seats` of them, and draw a token each (a step whose B is their

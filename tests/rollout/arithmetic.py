@@ -36,6 +36,7 @@ class Arithmetic:
     vocab: int = 97
     draft: int = 0
     seats: int = 3
+    together: int = 1
 
     def init(self):
         zeros = [np.zeros(self.slots, np.int64) for _ in range(4)]
@@ -51,6 +52,13 @@ class Arithmetic:
         table_1P[0, : len(row)] = row
         total_1 = weighted(self.read(state, table_1P), np.asarray([start + len(tokens)]))
         return state, Prefilled((total_1, params))
+
+    def prefill_whole(self, params, state, prompts, rows):
+        assert 1 <= len(prompts) <= self.together
+        given = [
+            self.prefill(params, state, p, 0, r)[1] for p, r in zip(prompts, rows, strict=True)
+        ]
+        return state, given
 
     def insert(self, state, seats):
         assert 1 <= len(seats) <= self.seats

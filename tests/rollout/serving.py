@@ -53,6 +53,7 @@ class Scripted:
     chunk: int = 256
     draft: int = 0
     seats: int = 2
+    together: int = 1
     beyond: int = 0
     vocab: int = VOCAB + 8  # a model's table is padded
     top_logprobs: int = 3

@@ -40,7 +40,7 @@ class Storm:
     def __init__(self, slots, requests, reuse, draft):
         self.rng, self.clock = random.Random(slots), Clock()
         # Less pages than the rows could fill: some are preempted.
-        self.engine = Tagged(slots, max(10, 4 * slots), draft=draft)
+        self.engine = Tagged(slots, max(10, 4 * slots), draft=draft, together=1 + slots % 3)
         options = dict(version=0, prefill_tokens=8 * slots, reuse=reuse, clock=self.clock)
         self.driver = Driver(self.engine, 0, **options)
         self.left, self.version = requests, 0

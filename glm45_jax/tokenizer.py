@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,15 +122,6 @@ class Tokenizer:
         plain = spec | {"added_tokens": [], "model": spec["model"] | {"vocab": base}}
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
         self._vocab = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
-        self._ids = partial(_ids_of, self._full, self._plain)
-        self._recent = lru_cache(RECENT)(self._ids)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_recent"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._recent = lru_cache(RECENT)(self._ids)
 
     @property
     def vocab(self) -> int:
@@ -223,12 +214,12 @@ class Tokenizer:
 
         allow_special: read `<|user|>` and the like as tokens. Only for text that we wrote.
         """
-        ids = self._recent if len(text) <= SHORT else self._ids
-        return list(ids(text, allow_special))
+        ids = _recent_ids if len(text) <= SHORT else _ids
+        return list(ids(self._coder(allow_special), text))
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False) -> list[list[int]]:
         """Ids of every text, on all cores; the same ids as `encode` one by one."""
-        coder = self._full if allow_special else self._plain
+        coder = self._coder(allow_special)
         encodings = coder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -298,6 +289,9 @@ class Tokenizer:
                     "they are of two releases, copy both from one"
                 )
 
+    def _coder(self, allow_special: bool) -> tokenizers.Tokenizer:
+        return self._full if allow_special else self._plain
+
 
 def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
     """A GLM-style tokenizer with exactly `vocab` ids, the 36 GLM tokens last.
@@ -333,11 +327,11 @@ def train_bpe(texts: Iterable[str], vocab: int) -> Tokenizer:
     return Tokenizer(tokenizer.to_str())
 
 
-def _ids_of(
-    full: tokenizers.Tokenizer, plain: tokenizers.Tokenizer, text: str, allow_special: bool
-) -> tuple[int, ...]:
-    coder = full if allow_special else plain
+def _ids(coder: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(coder.encode(text, add_special_tokens=False).ids)
+
+
+_recent_ids = lru_cache(RECENT)(_ids)
 
 
 def _untrained() -> tokenizers.Tokenizer:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.bench.kernels_attention import median_ms
 from experiments.bench.results import device_name, merge_rows
 from glm45_jax import params as params_lib
 from glm45_jax.hf import smollm2
@@ -41,19 +42,13 @@ def served(name: str) -> tuple[config.ModelConfig, Any]:
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
     """Milliseconds of a call: on its way, and to its end. The engine's state passes through."""
-    for _ in range(2):
-        jax.block_until_ready(call())
+    ended = median_ms(call, jax.block_until_ready, CALLS)
     began = time.perf_counter()
     for _ in range(CALLS):
         out = call()
     told = time.perf_counter() - began
     jax.block_until_ready(out)
-    ended = []
-    for _ in range(CALLS):
-        at = time.perf_counter()
-        jax.block_until_ready(call())
-        ended.append(time.perf_counter() - at)
-    return 1e3 * told / CALLS, 1e3 * float(np.median(ended))
+    return 1e3 * told / CALLS, ended
 
 
 def measure(name: str, *, slots: int, steps: int, filled: int) -> list[dict[str, Any]]:

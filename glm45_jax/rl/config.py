@@ -111,8 +111,8 @@ class Serving:
 
     def engine(self, cfg: ModelConfig, *, routes: bool) -> GlmEngine:
         """The engine of a model."""
-        names = ("slots", "pages", "page", "max_tokens", "buckets", "spans", "draft", "steps")
-        sizes = {name: getattr(self, name) for name in (*names, "together", "kv_dtype")}
+        names = {f.name for f in dataclasses.fields(GlmEngine)}
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
         return GlmEngine(cfg, routes=routes, **sizes)
 
 

@@ -92,7 +92,7 @@ def plain(value: Any) -> Any:
     """`value` with mappings as dicts, sequences as lists and numpy's numbers as Python's."""
     if type(value) in _PLAIN:
         return value
-    if isinstance(value, dict | Mapping):
+    if isinstance(value, Mapping):
         return {str(name): plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]

@@ -169,7 +169,7 @@ class Talk:
             self._sampled = [False] * len(self.tokens)
             self._logp = [0.0] * len(self.tokens)
             self._versions = [-1] * len(self.tokens)
-            self._turns = self._drawn = 0
+            self._turns = 0
             self._turn_at = len(self.tokens)
         else:
             self._take_up(begun)
@@ -183,14 +183,14 @@ class Talk:
         self._sampled, self._logp = begun.sampled_T.tolist(), begun.logp_T.tolist()
         self._versions, self._turns = begun.versions_T.tolist(), begun.turns
         given = np.flatnonzero(~begun.sampled_T)
-        self._turn_at, self._drawn = int(given[-1]) + 1, len(self.tokens) - len(given)
+        self._turn_at = int(given[-1]) + 1
         if begun.routes_TLA is not None:
             self._routes = [begun.routes_TLA[begun.routes_TLA.min(axis=(1, 2)) >= 0]]
 
     @property
     def drawn(self) -> int:
         """Tokens that the policy has written."""
-        return self._drawn
+        return sum(self._sampled)
 
     @property
     def left(self) -> int:
@@ -209,7 +209,6 @@ class Talk:
         drawn = completion.tokens_T.tolist()
         self.tokens += drawn
         self._sampled += [True] * len(drawn)
-        self._drawn += len(drawn)
         self._logp += completion.logp_T.tolist()
         self._versions += completion.versions
         if completion.routes_TLA is not None:

@@ -1,4 +1,4 @@
-"""Random trajectories, and rows of them, for the tests of this folder."""
+"""Random trajectories, rows of them, and workers that answer at once, for this folder's tests."""
 
 import numpy as np
 
@@ -43,3 +43,36 @@ def rows_of(logp_BT, advantage_BT, weight_BT, segments_BT=None, **options):
     batch = Batch(zero_BT, zero_BT, segments_BT, zero_BT, weight_BT)
     version_B = np.zeros(shape[0], np.int32)
     return RlBatch(batch, logp_BT, advantage_BT, weight_BT, version_B, **options)
+
+
+class Answers:
+    """Workers that end every sample at the second poll; a task's first samples pass, as many as
+    `passes` says. failing: tasks whose samples end as errors.
+    """
+
+    def __init__(self, passes, failing=()):
+        self.passes, self.failing, self.jobs = passes, failing, []
+        self._begun, self._ended = [], []
+        self.polls = self.version = 0
+
+    def start(self, job):
+        self.jobs.append(job)
+        self._begun.append(job)
+
+    def poll(self):
+        self.polls += 1
+        done, self._ended, self._begun = self._ended, self._begun, []
+        return [(job, self._answer(job)) for job in done]
+
+    def _answer(self, job):
+        number = job.prompt.number
+        return Trajectory(
+            task_id=str(number),
+            group=job.prompt.key,
+            tokens_T=np.zeros(2, np.int32),
+            sampled_T=np.array([False, True]),
+            logp_T=np.zeros(2, np.float32),
+            versions_T=np.full(2, self.version, np.int32),
+            reward=float(job.sample < self.passes.get(number, 0)),
+            status="error" if number in self.failing else "done",
+        )

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from glm45_jax.rl.config import Grades
@@ -10,43 +9,10 @@ from glm45_jax.rl.curriculum import Band, Curriculum, Stage, Tasks
 from glm45_jax.rl.lease import Rules
 from glm45_jax.rl.pool import Pool
 from glm45_jax.rl.sampler import Graded, InOrder, Sampler
-from glm45_jax.rl.trajectory import Trajectory
+from tests.rl.common import Answers
 from tests.rl.loop_run import RL
 
 KNOWN = Stage((Band(1, 0.0, 0.5), Band(8, 1e-6, 1.0)), unseen=False)
-
-
-class Answers:
-    """Workers that end every sample at the second poll; a task's first samples pass, as many as
-    `passes` says. failing: tasks whose samples end as errors.
-    """
-
-    def __init__(self, passes, failing=()):
-        self.passes, self.failing, self.jobs = passes, failing, []
-        self._begun, self._ended = [], []
-        self.polls = self.version = 0
-
-    def start(self, job):
-        self.jobs.append(job)
-        self._begun.append(job)
-
-    def poll(self):
-        self.polls += 1
-        done, self._ended, self._begun = self._ended, self._begun, []
-        return [(job, self._answer(job)) for job in done]
-
-    def _answer(self, job):
-        number = job.prompt.number
-        return Trajectory(
-            task_id=str(number),
-            group=job.prompt.key,
-            tokens_T=np.zeros(2, np.int32),
-            sampled_T=np.array([False, True]),
-            logp_T=np.zeros(2, np.float32),
-            versions_T=np.full(2, self.version, np.int32),
-            reward=float(job.sample < self.passes.get(number, 0)),
-            status="error" if number in self.failing else "done",
-        )
 
 
 @pytest.fixture

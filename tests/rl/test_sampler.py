@@ -8,8 +8,8 @@ from glm45_jax.rl.config import Split
 from glm45_jax.rl.lease import Rules
 from glm45_jax.rl.pool import Pool
 from glm45_jax.rl.sampler import InOrder, Sampler
+from tests.rl.common import Answers
 from tests.rl.loop_run import RL
-from tests.rl.test_probes import Answers
 
 VARIES = {n: 2 for n in range(0, 2000, 8)}  # of four samples; the others agree
 

@@ -259,8 +259,15 @@ def _directions(
             for i, piece in zip(parts, jnp.split(y, ends), strict=True):
                 out[i] = piece.reshape(grads[i].shape)
     else:
+        # CPU devices may begin loops that do not hang on each other in different orders, and the
+        # collectives in them then wait for each other: there, one leaf after the other.
+        in_turn = ambient[0].devices.flat[0].platform == "cpu"
+        last = None
         for i in mine:
-            out[i] = orthogonal(grads[i], leaves[i], steps=steps, dtype=dtype, impl=impl)
+            x = grads[i]
+            if in_turn and last is not None:
+                x, _ = jax.lax.optimization_barrier((x, last))
+            out[i] = last = orthogonal(x, leaves[i], steps=steps, dtype=dtype, impl=impl)
     for i in mine:
         _, m, n = leaves[i].matrix_shape
         out[i] = rms * math.sqrt(max(m, n)) * out[i].astype(jnp.float32)

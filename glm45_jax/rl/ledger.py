@@ -18,18 +18,23 @@ from glm45_jax.integrity import write_whole
 
 FILE = "pool.sqlite"
 MARK = "pool.json"  # says that a ledger was here: an empty database is then damage, not a start
-FORMAT = 2
+FORMAT = 3
+PAGE = 32768  # bytes; a sample is some 16 a token and comes whole: fewer, larger writes
+CACHE = 64  # MiB of pages in memory: what was just committed is taken without a read
+WAL = 64  # MiB of the log before its pages go to their places
 WAIT_S = 60.0  # for the write lock; a transaction takes milliseconds
 
 _SCHEMA = (
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE counts (name TEXT PRIMARY KEY, n INTEGER NOT NULL)",
+    # advantages: here and not with the samples, whose pages would all be written again.
     """CREATE TABLE batches (
         number INTEGER PRIMARY KEY,
         state TEXT NOT NULL CHECK (state IN ('taken', 'trained')),
         version INTEGER NOT NULL,
-        numbers TEXT NOT NULL DEFAULT '{}')""",
+        numbers TEXT NOT NULL DEFAULT '{}',
+        advantages TEXT NOT NULL DEFAULT '[]')""",
     # place: of the queue. waiting: nothing is there yet; begun: waits too, and has samples.
     """CREATE TABLE prompts (
         place INTEGER PRIMARY KEY,
@@ -58,7 +63,6 @@ _SCHEMA = (
         reward REAL NOT NULL,
         oldest INTEGER,
         newest INTEGER,
-        advantage REAL,
         crc INTEGER NOT NULL,
         body BLOB,
         PRIMARY KEY (place, sample))""",
@@ -131,7 +135,12 @@ class Ledger:
 
     def _open(self, run: str | None, read_only: bool) -> None:
         if not read_only:
+            self.db.execute(f"PRAGMA page_size={PAGE}")  # before a new file has any
             self.db.execute("PRAGMA journal_mode=WAL")
+            self.db.execute(f"PRAGMA wal_autocheckpoint={WAL * 2**20 // PAGE}")
+            self.db.execute(f"PRAGMA cache_size=-{CACHE * 2**10}")
+            # Else every sample first copies the pages that it changes to a file of its own.
+            self.db.execute("PRAGMA temp_store=MEMORY")
             self.db.execute("PRAGMA synchronous=FULL")
         self.db.execute("PRAGMA foreign_keys=ON")
         told = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]

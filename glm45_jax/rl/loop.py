@@ -229,7 +229,7 @@ def _train(run: Run, now: _Standing, taken: Sequence[Trajectory], clock: Clock) 
         check_versions(taken, step)
     chosen = choose(taken, rl.rule)
     finished, run.sampler.finished = run.sampler.finished or list(taken), []
-    scalars = _described(run, finished, taken, chosen, step) | _alarms(run, now, finished)
+    scalars: dict[str, float] = {}
     with clock.phase("pack"):
         batches = [_pack(run, part) for part in _parts(chosen, rl.updates)]
     # One update a batch needs no scores beside those it makes itself.
@@ -247,6 +247,8 @@ def _train(run: Run, now: _Standing, taken: Sequence[Trajectory], clock: Clock) 
     with clock.phase("train"):
         for batch in batches:
             now.state, out = run.updater.step(now.state, batch)
+            # While the devices are at it.
+            scalars = scalars or _described(run, now, finished, taken, chosen)
             said, ok = jax.device_get((out.scalars, out.ok))
             outs.append({name: float(x) for name, x in said.items()})
             if alone and (fresh := _fresh_tokens(batch, step)):
@@ -256,6 +258,7 @@ def _train(run: Run, now: _Standing, taken: Sequence[Trajectory], clock: Clock) 
                 if len(outs) > 1:
                     now.saved = step  # half of a batch is no place to go on from
                 raise NotFiniteError(f"{outs[-1]} is not finite; this update was not applied")
+    scalars = scalars or _described(run, now, finished, taken, chosen)
     scalars |= found | _means(outs)
     trained = sum(int((batch.batch.segments_BT > 0).sum()) for batch in batches)
     scalars["tokens/trained"] = float(trained)
@@ -383,12 +386,13 @@ def _canaries(run: Run, now: _Standing) -> dict[str, float]:
 
 def _described(
     run: Run,
+    now: _Standing,
     finished: Sequence[Trajectory],
     taken: Sequence[Trajectory],
     chosen: Chosen,
-    step: int,
 ) -> dict[str, float]:
-    """What was sampled since the step before, and what of it is trained."""
+    """What was sampled since the step before, what of it is trained, and the alarms of it."""
+    step = now.step
     scalars = {
         "reward": float(np.mean([one.reward for one in finished])),
         "reward/trained": float(np.mean([one.reward for one in taken])),
@@ -409,7 +413,7 @@ def _described(
     counts = run.sampler.pool.counts()
     names = ("dropped", "failed", "stale_samples", "stale_groups", "late_samples")
     scalars |= {f"pool/{name}": float(counts.get(name, 0)) for name in names}
-    return scalars | dict(run.sampler.prompts.scalars())
+    return scalars | dict(run.sampler.prompts.scalars()) | _alarms(run, now, finished)
 
 
 def _aligned(taken: Sequence[Trajectory], chosen: Chosen) -> list[float | None]:

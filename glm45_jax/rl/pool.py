@@ -254,9 +254,7 @@ class Pool:
                     f"batch {batch} cannot be trained: {taken} were taken, {n} of them trained, so "
                     f"the next is {n}; weights of an older checkpoint need resume(step) first"
                 )
-            rows.set_trained(db, batch, numbers or {})
-            if advantages is not None:
-                rows.set_advantages(db, batch, advantages)
+            rows.set_trained(db, batch, numbers or {}, advantages)
 
     def resume(self, step: int) -> None:
         """Call once before a run goes on from weights that have seen `step` batches (0: none).

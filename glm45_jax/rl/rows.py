@@ -166,18 +166,29 @@ def samples_of_batch(db: Connection, batch: int) -> list[tuple[int, int]]:
     return db.execute(query, (batch,)).fetchall()
 
 
-def set_trained(db: Connection, batch: int, numbers: Mapping[str, float]) -> None:
-    """Makes a taken batch a trained one."""
-    text = json.dumps(plain(numbers))
-    db.execute("UPDATE batches SET state = 'trained', numbers = ? WHERE number = ?", (text, batch))
+def set_trained(
+    db: Connection,
+    batch: int,
+    numbers: Mapping[str, float],
+    advantages: Sequence[float | None] | None,
+) -> None:
+    """Makes a taken batch a trained one. advantages: of its samples, in order.
+
+    Raises: ValueError where they are more or fewer.
+    """
+    if advantages and len(advantages) != (n := len(samples_of_batch(db, batch))):
+        raise ValueError(f"batch {batch} has {n} samples, and {len(advantages)} advantages came")
+    texts = json.dumps(plain(numbers)), json.dumps(plain(advantages or ()))
+    query = "UPDATE batches SET state = 'trained', numbers = ?, advantages = ? WHERE number = ?"
+    db.execute(query, (*texts, batch))
     db.execute("UPDATE prompts SET state = 'trained' WHERE batch = ?", (batch,))
 
 
-def set_advantages(db: Connection, batch: int, advantages: Sequence[float | None]) -> None:
-    """Writes the advantages of a batch, in its order."""
-    for at, value in zip(samples_of_batch(db, batch), advantages, strict=True):
-        value = None if value is None else float(value)
-        db.execute("UPDATE samples SET advantage = ? WHERE place = ? AND sample = ?", (value, *at))
+def advantages_of(db: Connection, batch: int) -> dict[tuple[int, int], float | None]:
+    """By place and sample; empty where none are known."""
+    query = "SELECT advantages FROM batches WHERE number = ?"
+    known = json.loads(db.execute(query, (batch,)).fetchone()[0])
+    return dict(zip(samples_of_batch(db, batch), known, strict=True)) if known else {}
 
 
 def rewind(db: Connection, step: int) -> int:
@@ -186,11 +197,9 @@ def rewind(db: Connection, step: int) -> int:
     """
     again = scalar(db, f"{TRAINED} AND number >= ?", step)
     db.execute(
-        "UPDATE samples SET advantage = NULL WHERE advantage IS NOT NULL AND place IN "
-        "(SELECT place FROM prompts WHERE batch >= ?)",
+        "UPDATE batches SET state = 'taken', numbers = '{}', advantages = '[]' WHERE number >= ?",
         (step,),
     )
-    db.execute("UPDATE batches SET state = 'taken', numbers = '{}' WHERE number >= ?", (step,))
     db.execute("UPDATE prompts SET state = 'taken' WHERE batch >= ?", (step,))
     for table, number in (("batches", "number"), ("prompts", "batch")):
         db.execute(

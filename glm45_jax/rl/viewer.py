@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,28 +99,33 @@ def _batch(
     yield _table(facts | json.loads(numbers))
     if batch < rows.pruned(db):
         yield "<p>Its trajectories were pruned; rewards and advantages are left.</p>"
+    advantages = rows.advantages_of(db, batch)
     for place in places[: shown.groups]:
-        yield from _group(ledger, place, shown, decode)
+        yield from _group(ledger, place, advantages, shown, decode)
     yield _left_out(len(places) - shown.groups, len(places), "groups", "--groups")
 
 
 def _group(
-    ledger: Ledger, place: int, shown: Shown, decode: Callable[[int], str] | None
+    ledger: Ledger,
+    place: int,
+    advantages: Mapping[tuple[int, int], float | None],
+    shown: Shown,
+    decode: Callable[[int], str] | None,
 ) -> Iterator[str]:
     prompt = rows.prompt_at(ledger.db, place)
     samples = ledger.db.execute(
-        "SELECT sample, status, reward, advantage, body IS NULL FROM samples WHERE place = ? "
-        "ORDER BY sample",
+        "SELECT sample, status, reward, body IS NULL FROM samples WHERE place = ? ORDER BY sample",
         (place,),
     ).fetchall()
-    mean = float(np.mean([reward for _, _, reward, _, _ in samples]))
+    mean = float(np.mean([reward for _, _, reward, _ in samples]))
     yield (
         f"<details><summary><b>{text(prompt.key)}</b> task {prompt.number} of {text(prompt.env)}, "
         f"{len(samples)} samples, mean reward {mean:.4g}</summary>"
     )
     if prompt.meta:
         yield _table(prompt.meta)
-    for sample, status, reward, advantage, pruned in samples:
+    for sample, status, reward, pruned in samples:
+        advantage = advantages.get((place, sample))
         told = "not trained" if advantage is None else f"advantage {_signed(advantage)}"
         yield (
             f"<details><summary>sample {sample}: reward {reward:.4g}, {told}, {text(status)}"

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from experiments.bench.kernels import Contender, normal, of_jax, race, skewed
 from experiments.bench.seconds import BEGAN, said
-from glm45_jax.kernels import attention_gpu, decode_attention_gpu, tuning
+from glm45_jax.kernels import attention_gpu, decode_attention_gpu, hopper, tuning
 from glm45_jax.kernels import fp8_matmul_gpu as fp8_gpu
 from glm45_jax.kernels import grouped_matmul_gpu as grouped_gpu
 from glm45_jax.kernels import newton_schulz_gpu as product_gpu
@@ -144,6 +144,8 @@ def attention(s: AttentionShape) -> Case:
     changes: list[dict[str, Any]] = [{"stages": 3}, {"stages_dq": 2}, {"stages_dkv": 3}]
     changes += [{"stages_dkv": 2}, {"queries": 128, "stages_dkv": 2}]
     changes += [{"keys_dq": 128, "stages_dq": 2}]
+    if s.H == width <= hopper.TILE:
+        changes += [{"fused": "always"}, {"fused": "never"}]
 
     def run(sizes: Any) -> Callable[..., Any]:
         def both_ways(q: Any, k: Any, v: Any, g: Any) -> Any:

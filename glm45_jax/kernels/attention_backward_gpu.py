@@ -167,23 +167,15 @@ def _keys(q_BTNH, k_BTKH, v_BTKU, dout_BTNU, lse_BNT, delta_BNT, within, tuning,
             if with_dk:
                 hopper.copy_halves(v_ref.at[b, :, kv], mem["v"], mem["kv_full"], tile)
 
-            def one_step(step, _):
-                block, n = high - 1 - lax.div(step, G), kv * G + lax.rem(step, G)
-                rows = pl.ds(block * many, many)
-                for name, ref, row, row_ref, count in (
-                    ("q", q_ref, "lse", lse_ref, stages),
-                    ("dout", dout_ref, "delta", delta_ref, stages_dout),
-                ):
-                    slot = lax.rem(step, count)
-                    full, free = (mem[f"{name}_{x}"].at[slot] for x in ("full", "free"))
-                    pl.when(step >= count)(functools.partial(plgpu.barrier_wait, free))
-                    plgpu.copy_gmem_to_smem(ref.at[b, rows, n], mem[name].at[slot], full)
-                    if row_ref is not None:
-                        plgpu.copy_gmem_to_smem(row_ref.at[b, n, rows], mem[row].at[slot], full)
+            rings = (
+                ("q", q_ref, "lse", lse_ref, stages),
+                ("dout", dout_ref, "delta", delta_ref, stages_dout),
+            )
 
-            lax.fori_loop(0, (high - low) * G, one_step, None)
-            hopper.drain(mem, ("q",), (high - low) * G, stages)
-            hopper.drain(mem, ("dout",), (high - low) * G, stages_dout)
+            def place(step):
+                return b, high - 1 - lax.div(step, G), kv * G + lax.rem(step, G)
+
+            walking.copy_steps(mem, rings, place, (high - low) * G, many)
 
         def compute():
             key0 = tile * TILE + wg * HALF
@@ -222,19 +214,12 @@ def _keys(q_BTNH, k_BTKH, v_BTKU, dout_BTNU, lse_BNT, delta_BNT, within, tuning,
                 free()
                 return carry
 
-            edge, whole = (functools.partial(one_step, masked) for masked in (True, False))
-            after = pl.cdiv(key0 + HALF - 1, many)  # blocks from here on come after all the keys
-            inside = high if end_ref is None else lax.div(end_ref[b, key0], many)
-            inside = jnp.clip(inside, after, high)  # and before here, inside their documents
             carry = tuple(
                 hopper.filled((HALF, outs[name].shape[-1]), 0.0, plgpu.Layout.WGMMA)
                 for name in made
             )
-            at_inside, at_after = (high - inside) * G, jnp.maximum(high - after, 0) * G
-            if end_ref is not None:
-                carry = lax.fori_loop(0, at_inside, edge, carry)
-            carry = lax.fori_loop(at_inside, at_after, whole, carry)
-            carry = lax.fori_loop(at_after, (high - low) * G, edge, carry)
+            end_T = None if end_ref is None else end_ref.at[b]
+            carry = walking.by_mask(one_step, carry, key0, end_T, (low, high), many, G)
             for name, ref, x in zip(made, out_refs, carry, strict=True):
                 by, x = ("k", x * scale) if name == "dk" else (v_name, x)
                 walking.store(x.astype(dtype), mem[by].at[wg], ref.at[b, :, kv], pl.ds(key0, HALF))

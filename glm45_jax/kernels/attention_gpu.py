@@ -17,7 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from glm45_jax.kernels import attention_backward_gpu, hopper
+from glm45_jax.kernels import attention_backward_gpu, attention_fused_gpu, hopper
 from glm45_jax.kernels import attention_walk_gpu as walking
 from glm45_jax.kernels.attention_walk_gpu import (
     CHUNK,
@@ -78,6 +78,8 @@ def _flash_bwd(tuning, residuals, dout_BTNU):
         "btnu,btnu->bnt", out_BTNU, dout_BTNU, preferred_element_type=jnp.float32
     )
     args = (q_BTNH, k_BTKH, v_BTKU, dout_BTNU, lse_BNT, delta_BNT, within, tuning)
+    if tuning.fused == "always" or (tuning.fused == "whole rows" and within is None):
+        return *attention_fused_gpu.gradients(*args), None
     dk_BTKH, dv_BTKU = attention_backward_gpu.keys(*args)
     return attention_backward_gpu.queries(*args), dk_BTKH, dv_BTKU, None
 

@@ -50,7 +50,8 @@ def launch(body, out, scratch, *, grid, names, interpret):
 
 def tiles(count, rows, columns, dtype):
     """`count` blocks of shared memory as TMA writes and wgmma reads them."""
-    tiling, swizzle = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
+    swizzle = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
     return plgpu.SMEM((count, rows, columns), dtype, transforms=(tiling, swizzle))
 
 

@@ -3,6 +3,7 @@ table and those of decoding and FP8. Nothing runs: sizes that do not fit shared 
 registers are what a compiler can tell.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -32,6 +33,12 @@ HEADS = {  # widths that no model here has
     "256 and 128": AttentionShape(8, 4096, 16, 4, 256, U=128),
 }
 
+FUSED = {  # backward pass in one kernel
+    "128": AttentionShape(1, 4096, 96, 8, 128),
+    "128 packed": AttentionShape(1, 4096, 96, 8, 128, packed=True),
+    "64 packed": AttentionShape(1, 4096, 96, 8, 64, packed=True),
+}
+
 
 def attentions():
     """Shapes of attention to compile."""
@@ -44,6 +51,7 @@ def large(table):
 
 NAMES = sorted(
     [f"attention {name}" for name in attentions()]
+    + [f"attention fused {name}" for name in FUSED]
     + [f"decode {name}" for name in large(DECODE)]
     + [f"{op} {name}" for name in large(GROUPED) for op in ("grouped", "grouped fp8")]
     + [f"{op} {name}" for name in large(ROUTING) for op in ("route", "copies")]
@@ -68,6 +76,7 @@ def main() -> None:
     from glm45_jax import sharding
     from glm45_jax.kernels import routing
     from glm45_jax.kernels.attention import attention
+    from glm45_jax.kernels.attention_gpu import flash_attention, tuning_of
     from glm45_jax.kernels.decode_attention import decode_attention
     from glm45_jax.kernels.fp8 import to_fp8
     from glm45_jax.kernels.fp8_matmul import fp8_matmul, grouped_matmul_fp8
@@ -106,6 +115,18 @@ def main() -> None:
             functools.partial(attention, segments_BT=seg, impl="mosaic"), q, k, v
         )
         report(f"attention {name}", run, q, k, of(s.values, half), *segments)
+    for name, s in FUSED.items():
+        q, k = of((s.B, s.T, s.N, s.H), half), of((s.B, s.T, s.K, s.H), half)
+        tuning = dataclasses.replace(tuning_of(s.H, s.H), fused="always")
+        run = lambda q, k, v, seg, s=s, tuning=tuning: both_ways(  # noqa: E731
+            functools.partial(
+                flash_attention, segments_BT=seg if s.packed else None, tuning=tuning
+            ),
+            q,
+            k,
+            v,
+        )
+        report(f"attention fused {name}", run, q, k, k, of((s.B, s.T), i32))
     for name, s in large(DECODE).items():
         kv = of((2, s.B * s.S // s.page, s.page, s.K, s.H), jnp.float8_e4m3fn if s.fp8 else half)
         run = lambda q, k, v, layer, table, start: decode_attention(  # noqa: E731

@@ -1,0 +1,137 @@
+"""The backward pass in one kernel for Hopper: gradients equal the definition's, in an interpreter
+and on a GPU, and every block of the grid adds to dq in its turn.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm45_jax.kernels import attention_fused_gpu as fused
+from glm45_jax.kernels import attention_gpu as gpu
+from glm45_jax.kernels import attention_walk_gpu as walking
+from glm45_jax.kernels.shapes import AttentionShape
+from tests.kernels.test_attention import check_half, segments
+
+ENDS = (70, 128, 150, 260)  # inside a tile, at its end, and two inside one
+
+
+def tuning(H, **changes):
+    return dataclasses.replace(walking.tuning_of(H, H), fused="always", **changes)
+
+
+def documents(T):
+    return jnp.asarray(np.searchsorted(ENDS, np.arange(T), side="right")[None], jnp.int32)
+
+
+def check_interpreted(H, T, packed, **changes):
+    shape = AttentionShape(B=1, T=T, N=4, K=2, H=H)
+    sizes = tuning(H, sms=2, interpret=True, **changes)
+    attention = functools.partial(gpu.flash_attention, tuning=sizes)
+    check_half(shape, documents(T) if packed else None, attention)
+
+
+@pytest.mark.parametrize(
+    ("H", "T", "packed", "sizes"),
+    [
+        (128, 300, True, {}),
+        (128, 300, False, {}),
+        (128, 90, False, {}),
+        (64, 300, True, {}),
+        (128, 300, True, dict(stages_fused=2, parts_fused=2)),
+    ],
+)
+def test_one_kernel_interpreted_equals_the_definition(H, T, packed, sizes):
+    check_interpreted(H, T, packed, **sizes)
+
+
+def test_rows_of_one_document_take_one_kernel_where_it_was_faster():
+    def text(H, segment):
+        q, k = (jax.ShapeDtypeStruct((1, 256, heads, H), jnp.bfloat16) for heads in (4, 2))
+        flash = functools.partial(
+            gpu.flash_attention,
+            segments_BT=segment,
+            tuning=dataclasses.replace(walking.tuning_of(H, H), interpret=True),
+        )
+        run = lambda q, k, v: jax.vjp(flash, q, k, v)[1](q)  # noqa: E731
+        return str(jax.make_jaxpr(run)(q, k, k))
+
+    one = "name=gradients"
+    assert one in text(128, None)
+    assert one not in text(128, documents(256)) and one not in text(64, None)
+
+
+@pytest.mark.parametrize("many", [64, 128])
+def test_the_turn_of_a_tile_is_the_number_of_tiles_before_it_that_add(many):
+    rng, T, tile = np.random.default_rng(0), 1024, 128
+    rows = [np.repeat(np.arange(T), rng.integers(1, most, T))[:T] for most in (5, 90, 300, 900)]
+    rows = np.stack([np.zeros(T, int), *rows, np.arange(T) // tile, np.arange(T) // (tile + 1)])
+    bounds = walking.bounds(jnp.asarray(rows, jnp.int32))
+    begin_BT, end_BT = np.asarray(bounds.begin_BT), np.asarray(bounds.end_BT)
+    for begin_T, end_T in zip(begin_BT, end_BT, strict=True):
+        low = np.arange(T // tile) * (tile // many)  # what `_Block` walks over
+        high = -(-end_T[tile - 1 :: tile] // many)
+        for block in range(T // many):
+            adds = [j for j in range(T // tile) if low[j] <= block < high[j]]
+            seen = (begin_T[block * many] // tile, ((block + 1) * many - 1) // tile)
+            assert adds == list(range(seen[0], seen[1] + 1))  # none is missed
+            begin = jnp.int32(begin_T[block * many])
+            turns = fused.turn(begin, jnp.asarray(adds, jnp.int32))
+            np.testing.assert_array_equal(turns, np.arange(len(adds)))
+
+
+@pytest.mark.parametrize(
+    ("H", "changes"), [(64, {}), (128, {}), (128, dict(stages_fused=2, parts_fused=2))]
+)
+def test_one_kernel_fits_a_block_of_hopper(H, changes):
+    scratch = fused._scratch(tuning(H, **changes), 64 * 128 // H, H, jnp.bfloat16).values()
+    sizes = [np.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in scratch if hasattr(x, "shape")]
+    assert len(sizes) == 8
+    assert sum(sizes) <= 226 * 1024  # barriers and what the compiler wants take one more
+
+
+def test_wider_heads_are_refused():
+    assert {sizes.fused for sizes in walking.WIDE.values()} == {"never"}
+    x = jax.ShapeDtypeStruct((1, 128, 2, 192), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"64 or 128 wide, not \(192, 192\); fused='never'"):
+        jax.eval_shape(
+            lambda q: jax.vjp(lambda q: gpu.flash_attention(q, q, q, tuning=tuning(128)), q)[1](q),
+            x,
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_kernel_lowers_for_cuda_at_air_shapes(packed):
+    q, k = (jax.ShapeDtypeStruct((8, 4095, heads, 128), jnp.bfloat16) for heads in (96, 8))
+    segment = jax.ShapeDtypeStruct((8, 4095), jnp.int32)
+
+    def loss(q, k, v, segment):
+        at = segment if packed else None
+        return (
+            gpu.flash_attention(q, k, v, segments_BT=at, tuning=tuning(128))
+            .astype(jnp.float32)
+            .sum()
+        )
+
+    jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, k, segment).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape",
+    [
+        AttentionShape(2, 256, 6, 2, 64),
+        AttentionShape(2, 1000, 24, 2, 128, packed=True),
+        AttentionShape(1, 999, 4, 4, 128),
+        AttentionShape(2, 777, 12, 1, 64, packed=True),
+        AttentionShape(1, 64, 2, 2, 128),
+        AttentionShape(2, 2048, 96, 8, 128),
+    ],
+    ids=str,
+)
+def test_one_kernel_equals_the_reference_and_itself_forward_and_backward(shape):
+    attention = functools.partial(gpu.flash_attention, tuning=tuning(shape.H))
+    check_half(shape, segments(shape), attention, repeats=3)

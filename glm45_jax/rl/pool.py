@@ -66,6 +66,8 @@ class Pool:
         self._filters = tuple(filters)
         self._clock = clock
         self._ledger = Ledger(folder, run=run, connection=connection)
+        # What was committed here and not taken yet, with the checksum of its bytes in the ledger.
+        self._near: dict[tuple[int, int], tuple[int, Trajectory]] = {}
 
     def __enter__(self) -> Pool:
         return self
@@ -192,8 +194,10 @@ class Pool:
         if (place := rows.held(db, lease.token)) is None:
             rows.count(db, "late_samples", len(trajectories))
             return "lost"
-        for sample, one in trajectories.items():
-            rows.write_sample(db, place, sample, one)
+        near = {
+            (place, sample): (rows.write_sample(db, place, sample, one), one)
+            for sample, one in trajectories.items()
+        }
         failed = any(one.status == "error" for one in trajectories.values())
         db.execute("UPDATE prompts SET errors = errors + ? WHERE place = ?", (failed, place))
         rows.count(db, "failed_leases", failed)
@@ -202,6 +206,8 @@ class Pool:
             rows.release(db, "place = ?", place)
         else:
             rows.settle(db, place, outcome, why)
+        if outcome == "ready":
+            self._near |= near
         return outcome
 
     def take(
@@ -228,10 +234,7 @@ class Pool:
                 self._drop_stale(db, version)
                 if not rows.compose(db, batch, version, groups or self.rules.groups):
                     return None
-            return [
-                rows.read_sample(db, self._ledger.path, *at)
-                for at in rows.samples_of_batch(db, batch)
-            ]
+            return [self._sample(db, *at) for at in rows.samples_of_batch(db, batch)]
 
     def trained(
         self,
@@ -314,6 +317,13 @@ class Pool:
 
     def _drop_stale(self, db: sqlite3.Connection, version: int) -> None:
         rows.drop_stale(db, version - self.rules.staleness, self.rules.masked)
+
+    def _sample(self, db: sqlite3.Connection, place: int, sample: int) -> Trajectory:
+        """What the ledger has; read back only where this is not its writer's memory."""
+        crc, one = self._near.pop((place, sample), (None, None))
+        if one is not None and crc == rows.checksum(db, place, sample):
+            return one
+        return rows.read_sample(db, self._ledger.path, place, sample)
 
     def _outcome(
         self, db: sqlite3.Connection, place: int, prompt: Prompt, new: Mapping[int, Trajectory]

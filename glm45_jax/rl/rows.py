@@ -112,16 +112,24 @@ def drop_stale(db: Connection, oldest: int, masked: bool) -> None:
     count(db, "stale_groups", len({place for place, _, state in stale if state == "ready"}))
 
 
-def write_sample(db: Connection, place: int, sample: int, one: Trajectory) -> None:
-    """Writes a sample over what was there of it."""
+def write_sample(db: Connection, place: int, sample: int, one: Trajectory) -> int:
+    """Writes a sample over what was there of it. Returns the checksum of its bytes."""
     versions = one.versions_T[one.sampled_T]
     oldest, newest = (int(versions.min()), int(versions.max())) if versions.size else (None, None)
     body = to_bytes(one)
+    crc = zlib.crc32(body)
     db.execute(
         "INSERT OR REPLACE INTO samples (place, sample, status, reward, oldest, newest, crc, body) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (place, sample, one.status, float(one.reward), oldest, newest, zlib.crc32(body), body),
+        (place, sample, one.status, float(one.reward), oldest, newest, crc, body),
     )
+    return crc
+
+
+def checksum(db: Connection, place: int, sample: int) -> int:
+    """Of a sample that is there."""
+    query = "SELECT crc FROM samples WHERE place = ? AND sample = ?"
+    return db.execute(query, (place, sample)).fetchone()[0]
 
 
 def read_sample(db: Connection, path: Path, place: int, sample: int) -> Trajectory:

@@ -142,7 +142,7 @@ def test_another_runs_pool_and_another_format_are_refused(tmp_path):
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("UPDATE facts SET value = '0' WHERE name = 'format'")
     db.close()
-    with pytest.raises(ValueError, match="has format 0, this code reads 2"):
+    with pytest.raises(ValueError, match="has format 0, this code reads 3"):
         opened(tmp_path)
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("DROP TABLE facts")

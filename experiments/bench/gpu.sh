@@ -21,6 +21,7 @@ run_tests() { GLM45_TEST_PLATFORM=cuda python -m pytest -m gpu tests/kernels 2>&
 run_kernels() {
   bench kernels --only grouped_matmul
   bench kernels_attention
+  bench attention_backward --seconds 200
   bench kernels_decode
   bench kernels_routing
   bench kernels_routing --block

@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
-# As `kernels_attention` sets them, but before jax is imported.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+# Before jax is imported; `kernels_attention` sets the rest.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "/tmp/glm45_jax_gpu")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
@@ -27,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.kernels_attention import Case, draw, measure_torch, median_ms
+from experiments.bench.seconds import BEGAN, said
 from glm45_jax.kernels.attention import attention
 from glm45_jax.kernels.attention_gpu import Tuning, flash_attention
 
@@ -162,8 +161,8 @@ def work(parts: list[Part], pipe: Connection) -> None:
     pipe.close()
 
 
-def run_parts(parts: list[Part], began: float, seconds: float) -> int:
-    """How many parts one process did or died of, a line printed for each thing it said."""
+def run_parts(parts: list[Part], seconds: float) -> int:
+    """How many parts one process did or died of, a line for each thing it tells."""
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)
     worker = spawn.Process(target=work, args=(parts, theirs), daemon=True)
@@ -173,40 +172,36 @@ def run_parts(parts: list[Part], began: float, seconds: float) -> int:
     try:
         while done < len(parts):
             kind, case, name = parts[done]
-            left = began + seconds - time.monotonic()
+            left = BEGAN + seconds - time.monotonic()
+            about = f"{kind} {case} · {name}: "
             line: str | None = None
             if left <= 0 or not ours.poll(min(left, PATIENCE_S)):
                 line = "TIME IS UP" if left <= PATIENCE_S else f"HANGS: silent for {PATIENCE_S} s"
-                tell(began, kind, case, name, line)
+                said(about + line)
                 return done + 1
             try:
                 line = ours.recv()
             except EOFError:
-                tell(began, kind, case, name, "DIED")
+                said(about + "DIED")
                 return done + 1
             if line is None:
                 done += 1
             else:
-                tell(began, kind, case, name, line)
+                said(about + line)
         return done
     finally:
         worker.kill()
         worker.join()
 
 
-def tell(began: float, kind: str, case: Case, name: str, line: str) -> None:
-    """None; prints at once."""
-    print(f"{time.monotonic() - began:5.0f} s  {kind} {case} · {name}: {line}", flush=True)
-
-
 def main() -> None:
     """All parts, as far as the time goes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=150.0)
-    seconds, began, parts = parser.parse_args().seconds, time.monotonic(), list(PARTS)
-    while parts and time.monotonic() - began < seconds:
-        parts = parts[run_parts(parts, began, seconds) :]
-    print(f"{len(parts)} parts left", flush=True)
+    seconds, parts = parser.parse_args().seconds, list(PARTS)
+    while parts and time.monotonic() - BEGAN < seconds:
+        parts = parts[run_parts(parts, seconds) :]
+    said(f"{len(parts)} parts left")
 
 
 if __name__ == "__main__":

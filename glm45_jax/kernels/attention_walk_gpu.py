@@ -112,7 +112,7 @@ SIZES = {
     (TILE, TILE): Tuning(fused="whole rows"),
     **WIDE,
 }
-WIDTHS = ((64, 64), (128, 128), *WIDE)
+WIDTHS = tuple(SIZES)
 
 
 def tuning_of(H: int, U: int) -> Tuning:

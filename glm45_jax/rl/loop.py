@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -229,7 +230,7 @@ def _train(run: Run, now: _Standing, taken: Sequence[Trajectory], clock: Clock) 
         check_versions(taken, step)
     chosen = choose(taken, rl.rule)
     finished, run.sampler.finished = run.sampler.finished or list(taken), []
-    scalars: dict[str, float] = {}
+    describe = functools.cache(lambda: _described(run, now, finished, taken, chosen))
     with clock.phase("pack"):
         batches = [_pack(run, part) for part in _parts(chosen, rl.updates)]
     # One update a batch needs no scores beside those it makes itself.
@@ -247,8 +248,7 @@ def _train(run: Run, now: _Standing, taken: Sequence[Trajectory], clock: Clock) 
     with clock.phase("train"):
         for batch in batches:
             now.state, out = run.updater.step(now.state, batch)
-            # While the devices are at it.
-            scalars = scalars or _described(run, now, finished, taken, chosen)
+            describe()  # while the devices are at it
             said, ok = jax.device_get((out.scalars, out.ok))
             outs.append({name: float(x) for name, x in said.items()})
             if alone and (fresh := _fresh_tokens(batch, step)):
@@ -258,8 +258,7 @@ def _train(run: Run, now: _Standing, taken: Sequence[Trajectory], clock: Clock) 
                 if len(outs) > 1:
                     now.saved = step  # half of a batch is no place to go on from
                 raise NotFiniteError(f"{outs[-1]} is not finite; this update was not applied")
-    scalars = scalars or _described(run, now, finished, taken, chosen)
-    scalars |= found | _means(outs)
+    scalars = describe() | found | _means(outs)
     trained = sum(int((batch.batch.segments_BT > 0).sum()) for batch in batches)
     scalars["tokens/trained"] = float(trained)
     scalars["tokens_per_s"] = trained / max(clock.seconds["train"] + clock.seconds["score"], 1e-9)

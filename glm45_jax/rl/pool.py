@@ -194,10 +194,9 @@ class Pool:
         if (place := rows.held(db, lease.token)) is None:
             rows.count(db, "late_samples", len(trajectories))
             return "lost"
-        near = {
-            (place, sample): (rows.write_sample(db, place, sample, one), one)
-            for sample, one in trajectories.items()
-        }
+        near = {}
+        for sample, one in trajectories.items():
+            near[place, sample] = rows.write_sample(db, place, sample, one), one
         failed = any(one.status == "error" for one in trajectories.values())
         db.execute("UPDATE prompts SET errors = errors + ? WHERE place = ?", (failed, place))
         rows.count(db, "failed_leases", failed)

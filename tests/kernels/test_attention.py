@@ -348,15 +348,20 @@ def test_mosaic_yields_to_cudnn_only_where_it_is_installed(there, taken, monkeyp
         assert dispatch.pick("attention", op.IMPLS, "auto", *args, **masks).__name__ == name
 
 
+ON_GPU = (  # heads as wide as a tile, or half
+    AttentionShape(2, 256, 6, 2, 64),
+    AttentionShape(2, 1000, 24, 2, 128, packed=True),
+    AttentionShape(1, 999, 4, 4, 128),
+    AttentionShape(2, 777, 12, 1, 64, packed=True),
+    AttentionShape(1, 64, 2, 2, 128),
+)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "shape",
     [
-        AttentionShape(2, 256, 6, 2, 64),
-        AttentionShape(2, 1000, 24, 2, 128, packed=True),
-        AttentionShape(1, 999, 4, 4, 128),
-        AttentionShape(2, 777, 12, 1, 64, packed=True),
-        AttentionShape(1, 64, 2, 2, 128),
+        *ON_GPU,
         *(
             AttentionShape(2, 777, 6, 2, H, packed=packed, U=U)
             for H, U in walking.WIDE

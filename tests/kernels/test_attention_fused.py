@@ -14,7 +14,7 @@ from glm45_jax.kernels import attention_fused_gpu as fused
 from glm45_jax.kernels import attention_gpu as gpu
 from glm45_jax.kernels import attention_walk_gpu as walking
 from glm45_jax.kernels.shapes import AttentionShape
-from tests.kernels.test_attention import check_half, segments
+from tests.kernels.test_attention import ON_GPU, check_half, segments
 
 ENDS = (70, 128, 150, 260)  # inside a tile, at its end, and two inside one
 
@@ -120,18 +120,7 @@ def test_one_kernel_lowers_for_cuda_at_air_shapes(packed):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "shape",
-    [
-        AttentionShape(2, 256, 6, 2, 64),
-        AttentionShape(2, 1000, 24, 2, 128, packed=True),
-        AttentionShape(1, 999, 4, 4, 128),
-        AttentionShape(2, 777, 12, 1, 64, packed=True),
-        AttentionShape(1, 64, 2, 2, 128),
-        AttentionShape(2, 2048, 96, 8, 128),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", [*ON_GPU, AttentionShape(2, 2048, 96, 8, 128)], ids=str)
 def test_one_kernel_equals_the_reference_and_itself_forward_and_backward(shape):
     attention = functools.partial(gpu.flash_attention, tuning=tuning(shape.H))
     check_half(shape, segments(shape), attention, repeats=3)

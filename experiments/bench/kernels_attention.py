@@ -1,9 +1,9 @@
-"""Attention on one H100: this project's kernels beside their peers in the same run, a row each.
+"""Attention on one H100 or H200: this project's kernels beside their peers in the same run, a row each.
 
 Peers: cuDNN through jax, the Pallas kernel that jax ships (float16 and forward only), torch's SDPA
 on cuDNN, tokamax where it is carried (`tokamax_peer`); with several documents a row, the reference.
-TFLOP/s count the pairs of a query and a key that it sees: 4·H a pair and head forward, 3.5 times
-that with the backward pass.
+TFLOP/s count the pairs of a query and a key that it sees: 2·(H + U) a pair and head forward, and
+2·(3·H + 2·U) backward; 3.5 times as much together, where values are as wide as keys.
 """
 
 import dataclasses
@@ -33,7 +33,9 @@ SIDE = 8192  # of the square product that is the ceiling
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """B rows of T, N query and K kv heads of width H, `documents` of random lengths a row."""
+    """B rows of T, N query and K kv heads of width H, `documents` of random lengths a row. U: width
+    of values, if not H.
+    """
 
     B: int
     T: int
@@ -41,10 +43,18 @@ class Case:
     K: int
     H: int
     documents: int = 1
+    U: int | None = None
 
     def __str__(self) -> str:
         packed = f" {self.documents} documents" if self.documents > 1 else ""
-        return f"B{self.B} T{self.T} {self.N}/{self.K} d{self.H}{packed}"
+        values = f" v{self.U}" if self.U else ""
+        return f"B{self.B} T{self.T} {self.N}/{self.K} d{self.H}{values}{packed}"
+
+    def shapes(self, heads_first: bool = False) -> list[tuple[int, int, int, int]]:
+        """Of q, k, v and a cotangent."""
+        U = self.U or self.H
+        sizes = (self.N, self.H), (self.K, self.H), (self.K, U), (self.N, U)
+        return [(self.B, n, self.T, H) if heads_first else (self.B, self.T, n, H) for n, H in sizes]
 
     @functools.cached_property
     def starts_BT(self) -> np.ndarray:
@@ -61,17 +71,15 @@ class Case:
         for row in self.starts_BT:
             edges = np.flatnonzero(np.r_[1, row[1:], 1])
             pairs += float((np.diff(edges) ** 2).sum()) / 2
-        return pairs * self.N * self.H * 4 * (3.5 if backward else 1)
+        H, U = self.H, self.U or self.H
+        return 2 * pairs * self.N * (H + U + (3 * H + 2 * U if backward else 0))
 
 
 def draw(case: Case, dtype: Any) -> list[jax.Array]:
     """q, k, v and a cotangent."""
     keys = jax.random.split(jax.random.key(0), 4)
-    heads = (case.N, case.K, case.K, case.N)
-    return [
-        jax.random.normal(key, (case.B, case.T, n, case.H), dtype)
-        for key, n in zip(keys, heads, strict=True)
-    ]
+    pairs = zip(keys, case.shapes(), strict=True)
+    return [jax.random.normal(key, shape, dtype) for key, shape in pairs]
 
 
 def median_ms(f: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
@@ -101,9 +109,10 @@ def jax_impls(case: Case) -> dict[str, Callable[..., jax.Array]]:
         segment = jnp.asarray(np.cumsum(case.starts_BT, axis=1, dtype=np.int32) + 1)
         ours = functools.partial(attention, segments_BT=segment, impl="mosaic")
         return {"ours": ours, "reference": functools.partial(reference, segments_BT=segment)}
+    peer = "cudnn" if case.U is None else "tiles"  # cudnn takes one width
     return {
         "ours": functools.partial(attention, impl="mosaic"),
-        "jax cudnn": functools.partial(attention, impl="cudnn"),
+        f"jax {peer}": functools.partial(attention, impl=peer),
     }
 
 
@@ -163,7 +172,7 @@ def measure_torch(case: Case, repeats: int) -> list[dict[str, Any]]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    shapes = [(case.B, n, case.T, case.H) for n in (case.N, case.K, case.K, case.N)]
+    shapes = case.shapes(heads_first=True)
     q, k, v, cotangent = (torch.randn(s, dtype=torch.bfloat16, device="cuda") for s in shapes)
     sdpa = functools.partial(
         torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True
@@ -230,6 +239,7 @@ def main() -> None:
     print(f"matmul {SIDE}^3: {ceiling:.0f} TFLOP/s", flush=True)
     short, long = Case(8, 4096, 96, 8, 128), Case(1, 32768, 96, 8, 128)
     narrow = Case(8, 4096, 96, 8, 64)
+    wide, latent = Case(8, 4096, 20, 20, 256), Case(8, 4096, 20, 20, 192, U=128)
     packed, one = Case(8, 4096, 96, 8, 128, documents=8), Case(1, 4096, 96, 8, 128, documents=8)
     parts = [
         functools.partial(measure_jax, short, 10, ()),
@@ -242,6 +252,8 @@ def main() -> None:
         functools.partial(measure_torch, long, 3),
         functools.partial(measure_shipped, long, 3),
         functools.partial(measure_jax, narrow, 10, ()),
+        *(functools.partial(measure_jax, case, 10, ()) for case in (wide, latent)),
+        *(functools.partial(measure_torch, case, 10) for case in (wide, latent)),
     ]
     value = {"command": COMMAND, "jax": jax.__version__, "matmul_tflops": round(ceiling, 1)}
     rows: list[dict[str, Any]] = []

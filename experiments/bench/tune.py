@@ -146,6 +146,7 @@ def attention(s: AttentionShape) -> Case:
     changes += [{"keys_dq": 128, "stages_dq": 2}]
     if s.H == width <= hopper.TILE:
         changes += [{"fused": "always"}, {"fused": "never"}]
+        changes += [{"fused": "always", "stages_fused": 3, "parts_fused": 1}]
 
     def run(sizes: Any) -> Callable[..., Any]:
         def both_ways(q: Any, k: Any, v: Any, g: Any) -> Any:

@@ -28,6 +28,8 @@ from glm45_jax.kernels import hopper
 from glm45_jax.kernels.attention_walk_gpu import LOG2_E, Tuning
 from glm45_jax.kernels.hopper import COLUMN, HALF, ROW, TILE
 
+ASKED = 4  # turns that are waited for ahead of time
+
 
 @functools.partial(jax.jit, static_argnames="tuning")
 def gradients(
@@ -57,6 +59,8 @@ def gradients(
         def apart(warp):
             pl.when(warp == 0)(lambda: block.copies(k_ref, v_ref, queries))
             pl.when(warp == 1)(lambda: block.add(dq_ref, turns))
+            if turns is not None:
+                pl.when(warp == 2)(lambda: block.ask(turns))
 
         hopper.specialise(
             lax.axis_index("wg"),
@@ -103,6 +107,8 @@ def _scratch(tuning, many, H, dtype):
         ds_full=plgpu.Barrier(num_arrivals=2),
         dq_full=plgpu.Barrier(num_arrivals=2, num_barriers=parts),
         dq_free=plgpu.Barrier(num_barriers=parts),
+        turn_full=plgpu.Barrier(num_barriers=ASKED),
+        turn_free=plgpu.Barrier(num_barriers=ASKED),
         **hopper.ring("q", stages, copies=2),
         **hopper.ring("dout", stages, copies=2),
     )
@@ -147,30 +153,57 @@ class _Block:
         rings = tuple((*query, self.tuning.stages_fused) for query in queries)
         walking.copy_steps(mem, rings, self.place, self.steps, self.many)
 
+    def before(self, step):
+        """How many blocks of the grid add to dq of a step before this one."""
+        b, block, _ = self.place(step)
+        begin = jnp.int32(0) if self.begin_ref is None else self.begin_ref[b, block * self.many]
+        return turn(begin, self.tile)
+
+    def ask(self, turns) -> None:
+        """Waits for each turn, some steps ahead of who takes it: an answer takes a microsecond."""
+        mem = self.mem
+
+        def one_step(step, _):
+            (b, block, n), slot = self.place(step), lax.rem(step, ASKED)
+            pl.when(step >= ASKED)(lambda: plgpu.barrier_wait(mem["turn_free"].at[slot]))
+            plgpu.semaphore_wait(
+                turns.at[b, n, block], self.before(step), decrement=False, memory_scope="gpu"
+            )
+            plgpu.barrier_arrive(mem["turn_full"].at[slot])
+
+        lax.fori_loop(0, self.steps, one_step, None)
+
     def add(self, dq_ref, turns) -> None:
-        """Adds parts of dq to the sum, each in its turn."""
+        """Adds parts of dq to the sum, each in its turn. The next block hears of it a step later,
+        when it is sure to be there: waited for at once, that would be most of a step's time.
+        """
         mem, parts = self.mem, self.tuning.parts_fused
+
+        def tell(step):
+            b, block, n = self.place(step)
+            plgpu.semaphore_signal(turns.at[b, n, block], memory_scope="gpu")
 
         def one_step(step, _):
             (b, block, n), slot = self.place(step), lax.rem(step, parts)
-            row0 = block * self.many
-            begin = jnp.int32(0) if self.begin_ref is None else self.begin_ref[b, row0]
-            waited = turn(begin, self.tile)
+            asked, row0, before = lax.rem(step, ASKED), block * self.many, self.before(step)
             if turns is not None:
-                counter = turns.at[b, n, block]
-                plgpu.semaphore_wait(counter, waited, decrement=False, memory_scope="gpu")
+                plgpu.barrier_wait(mem["turn_full"].at[asked])
+                plgpu.barrier_arrive(mem["turn_free"].at[asked])
             plgpu.barrier_wait(mem["dq_full"].at[slot])
             for half in range(2):
                 row, column = (half * HALF, 0) if self.width == HALF else (0, half * HALF)
                 to = dq_ref.at[b, pl.ds(row0 + row, HALF), n, pl.ds(column, HALF)]
-                _add(mem["dq"].at[2 * slot + half], to, waited, self.tuning.interpret)
+                _add(mem["dq"].at[2 * slot + half], to, before, self.tuning.interpret, half == 1)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(mem["dq_free"].at[slot])
             if turns is not None:
-                plgpu.wait_smem_to_gmem(0)
-                plgpu.semaphore_signal(counter, memory_scope="gpu")
+                plgpu.wait_smem_to_gmem(1)
+                pl.when(step > 0)(lambda: tell(step - 1))
 
         lax.fori_loop(0, self.steps, one_step, None)
+        if turns is not None:
+            plgpu.wait_smem_to_gmem(0)
+            pl.when(self.steps > 0)(lambda: tell(self.steps - 1))
 
     def compute(self, dk_ref, dv_ref) -> None:
         """dk and dv of half the keys, and half of dq."""
@@ -294,10 +327,12 @@ class _Block:
         plgpu.barrier_arrive(mem["dq_full"].at[slot])
 
 
-def _add(smem, ref, waited, interpret) -> None:
-    """Starts the addition of smem to ref, which has no value before the first."""
+def _add(smem, ref, before, interpret, last) -> None:
+    """Starts the addition of smem to ref, which has no value before the first. last: of a group
+    that is waited for as one.
+    """
     if interpret:
-        ref[...] = jnp.where(waited == 0, 0.0, ref[...]) + smem[...]
+        ref[...] = jnp.where(before == 0, 0.0, ref[...]) + smem[...]
         return
-    plgpu.copy_smem_to_gmem(smem, ref, waited == 0)
-    plgpu.copy_smem_to_gmem(smem, ref, waited > 0, reduction_op="add")
+    plgpu.copy_smem_to_gmem(smem, ref, before == 0, commit_group=False)
+    plgpu.copy_smem_to_gmem(smem, ref, before > 0, reduction_op="add", commit_group=last)

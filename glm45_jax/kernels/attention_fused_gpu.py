@@ -42,16 +42,20 @@ def gradients(
     (B, T, N, H), (K, U) = q_BTNH.shape, v_BTKU.shape[2:]
     if H != U or H not in (HALF, TILE):
         raise ValueError(f"one kernel takes heads 64 or 128 wide, not ({H}, {U}); fused='never'")
+    lanes = heads_at_once(B * K, T // TILE, tuning.sms)
     begin_BT, end_BT = (None, None) if within is None else (within.begin_BT, within.end_BT)
     many = HALF * TILE // H  # queries of a step: half of their dq is HALF by HALF
 
     def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *rest):
         begin_ref, end_ref, dq_ref, dk_ref, dv_ref, mem = rest
-        tile, high = lax.axis_index("tile"), T // many
+        wave, tile = lax.axis_index("wave"), lax.axis_index("tile")
+        b, kv = _div_rem(wave * lanes + lax.axis_index("lane"), K)
+        high, upward = T // many, odd(wave, tile, T // TILE, tuning.sms)
         if end_ref is not None:
-            high = pl.cdiv(end_ref[lax.axis_index("b"), tile * TILE + TILE - 1], many)
+            high, upward = pl.cdiv(end_ref[b, tile * TILE + TILE - 1], many), None
         blocks = (tile * (TILE // many), high)
-        block = _Block(tuning, mem, begin_ref, end_ref, N // K, H, many, tile, blocks)
+        at = (b, kv, tile)
+        block = _Block(tuning, mem, begin_ref, end_ref, N // K, H, many, at, blocks, upward)
         counters = plgpu.SemaphoreType.REGULAR((B, N, T // many))  # zeros at the start
         turns = None if tuning.interpret else pl.get_global(counters)
         queries = ("q", q_ref, "lse", lse_ref), ("dout", dout_ref, "delta", delta_ref)
@@ -74,10 +78,8 @@ def gradients(
         (jax.ShapeDtypeStruct(q_BTNH.shape, jnp.float32), k_BTKH, v_BTKU),
         _scratch(tuning, many, H, q_BTNH.dtype),
         interpret=tuning.interpret,
-        # A device starts the tiles of one kv head in order, which then read the same queries and
-        # add to the same dq while these are in its L2: with heads in between it takes 11% longer.
-        grid=(B, K, T // TILE),
-        names=("b", "kv", "tile"),
+        grid=(B * K // lanes, T // TILE, lanes),
+        names=("wave", "tile", "lane"),
     )
     rows_BNT = lse_BNT * (-math.sqrt(H) / LOG2_E), -delta_BNT
     dq, dk, dv = run(q_BTNH, k_BTKH, v_BTKU, dout_BTNU, *rows_BNT, begin_BT, end_BT)
@@ -89,6 +91,27 @@ def turn(begin, tile):
     the block's first query does; the tile that has this key is the first that adds.
     """
     return tile - lax.div(begin, TILE)
+
+
+def _div_rem(x, y):
+    return lax.div(x, y), lax.rem(x, y)
+
+
+def heads_at_once(heads, tiles, sms) -> int:
+    """Of how many kv heads, rows counted one by one, all tiles are worked on at the same time."""
+    most = max(1, sms // tiles)
+    return max(n for n in range(1, most + 1) if heads % n == 0)
+
+
+def odd(wave, tile, tiles, sms):
+    """Whether a tile's block walks upward. A device has `sms` blocks at work and gives each that
+    ends the next of the grid. Those that begin together walk down from the last query side by
+    side, so that queries and dq of a few steps are in L2 for all. They end one after the other,
+    the last tile first, and each tile after them that begins there, and walks up, meets its
+    predecessors on their way: again all are side by side, and all end together.
+    """
+    rounds = max(1, round(tiles / sms))
+    return lax.rem(wave * rounds + jnp.minimum(lax.div(tile, sms), rounds - 1), 2) == 1
 
 
 def _scratch(tuning, many, H, dtype):
@@ -104,7 +127,7 @@ def _scratch(tuning, many, H, dtype):
         ds=hopper.tiles(4, HALF, many, dtype),  # of two steps
         dq=hopper.tiles(2 * parts, HALF, HALF, jnp.float32),
         kv_full=plgpu.Barrier(num_arrivals=4),
-        ds_full=plgpu.Barrier(num_arrivals=2),
+        ds_full=plgpu.Barrier(num_arrivals=2, num_barriers=2),
         dq_full=plgpu.Barrier(num_arrivals=2, num_barriers=parts),
         dq_free=plgpu.Barrier(num_barriers=parts),
         turn_full=plgpu.Barrier(num_barriers=ASKED),
@@ -131,8 +154,9 @@ class _Block:
     group: int
     width: int
     many: int
-    tile: Any
+    at: tuple[Any, Any, Any]
     blocks: tuple[Any, Any]
+    upward: Any
 
     @property
     def steps(self):
@@ -141,15 +165,19 @@ class _Block:
 
     def place(self, step):
         """Row, block of queries and head of a step."""
-        head = lax.axis_index("kv") * self.group + lax.rem(step, self.group)
-        return lax.axis_index("b"), self.blocks[1] - 1 - lax.div(step, self.group), head
+        (b, kv, _), (low, high) = self.at, self.blocks
+        walked, head = _div_rem(step, self.group)
+        block = high - 1 - walked
+        if self.upward is not None:  # the tile's own queries come last either way
+            first = low + TILE // self.many
+            block = jnp.where(self.upward & (block >= first), first + walked, block)
+        return b, block, kv * self.group + head
 
     def copies(self, k_ref, v_ref, queries) -> None:
         """All copies into shared memory."""
-        mem = self.mem
+        mem, (b, kv, tile) = self.mem, self.at
         for name, ref in (("k", k_ref), ("v", v_ref)):
-            src = ref.at[lax.axis_index("b"), :, lax.axis_index("kv")]
-            hopper.copy_halves(src, mem[name], mem["kv_full"], self.tile)
+            hopper.copy_halves(ref.at[b, :, kv], mem[name], mem["kv_full"], tile)
         rings = tuple((*query, self.tuning.stages_fused) for query in queries)
         walking.copy_steps(mem, rings, self.place, self.steps, self.many)
 
@@ -157,7 +185,7 @@ class _Block:
         """How many blocks of the grid add to dq of a step before this one."""
         b, block, _ = self.place(step)
         begin = jnp.int32(0) if self.begin_ref is None else self.begin_ref[b, block * self.many]
-        return turn(begin, self.tile)
+        return turn(begin, self.at[2])
 
     def ask(self, turns) -> None:
         """Waits for each turn, some steps ahead of who takes it: an answer takes a microsecond."""
@@ -208,8 +236,8 @@ class _Block:
     def compute(self, dk_ref, dv_ref) -> None:
         """dk and dv of half the keys, and half of dq."""
         mem, dtype, many = self.mem, dk_ref.dtype, self.many
-        wg, b, kv = (lax.axis_index(name) for name in ("wg", "b", "kv"))
-        key0 = self.tile * TILE + wg * HALF
+        wg, (b, kv, tile) = lax.axis_index("wg"), self.at
+        key0 = tile * TILE + wg * HALF
         end_s = hopper.vector(self.end_ref, b, key0, ROW)
         end_T = None if self.end_ref is None else self.end_ref.at[b]
 
@@ -223,8 +251,10 @@ class _Block:
         plgpu.barrier_wait(mem["kv_full"])
         zero = hopper.filled((HALF, self.width), 0.0, plgpu.Layout.WGMMA)
         dk, dv = walking.by_mask(one_step, (zero, zero), key0, end_T, self.blocks, many, self.group)
-        plgpu.barrier_arrive(mem["ds_full"])  # nobody reads the keys any more, say both
-        plgpu.barrier_wait(mem["ds_full"])
+        pl.when(self.steps > 0)(lambda: self.hand_last(self.steps - 1))
+        done = mem["ds_full"].at[lax.rem(self.steps, 2)]
+        plgpu.barrier_arrive(done)  # nobody reads the keys any more, say both
+        plgpu.barrier_wait(done)
         for name, ref, x in (("k", dk_ref, dk * (1 / math.sqrt(self.width))), ("v", dv_ref, dv)):
             walking.store(x.astype(dtype), mem[name].at[wg], ref.at[b, :, kv], pl.ds(key0, HALF))
         hopper.drain(mem, ("dq",), self.steps, self.tuning.parts_fused)
@@ -290,17 +320,38 @@ class _Block:
 
     def ds(self, step, half):
         """Where a warpgroup's ds of a step is."""
-        return self.mem["ds"].at[2 * lax.rem(step, 2) + half]
+        return self.mem["ds"].at[2 * lax.rem(step + 2, 2) + half]
 
     def exchange(self, step, ds16, meanwhile=None) -> None:
-        """Gives this warpgroup's ds of a step, takes the other's, gives half of dq."""
-        self.ds(step, lax.axis_index("wg"))[...] = ds16
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.mem["ds_full"])
-        plgpu.barrier_wait(self.mem["ds_full"])
-        self.hand(self.product(step, meanwhile), step)
+        """Gives this warpgroup's ds of a step, and half of dq of the step before, for which it takes
+        the other's: so neither waits for the other.
+        """
+        before = step - 1
 
-    def product(self, step, meanwhile=None):
+        def store():
+            self.ds(step, lax.axis_index("wg"))[...] = ds16
+            plgpu.commit_smem()
+
+        if meanwhile is None:
+            pl.when(step > 0)(lambda: self.hand_last(before))
+            store()
+            plgpu.barrier_arrive(self.mem["ds_full"].at[lax.rem(step, 2)])
+            return
+        pl.when(step > 0)(lambda: self.take(before))
+        dq = self.product(before, meanwhile, store)
+        plgpu.barrier_arrive(self.mem["ds_full"].at[lax.rem(step, 2)])
+        pl.when(step > 0)(lambda: self.hand(dq, before))
+
+    def take(self, step) -> None:
+        """Waits for ds of both."""
+        plgpu.barrier_wait(self.mem["ds_full"].at[lax.rem(step, 2)])
+
+    def hand_last(self, step) -> None:
+        """dq of a step with no product beside it."""
+        self.take(step)
+        self.hand(self.product(step), step)
+
+    def product(self, step, meanwhile=None, store=None):
         """Half of dq of a step: ds of all keys, times keys. meanwhile: starts one more product."""
         mine = pl.ds(lax.axis_index("wg") * HALF, HALF)
 
@@ -312,6 +363,7 @@ class _Block:
             if meanwhile is None:
                 return dq_ref[...]
             meanwhile()
+            store()
             return plgpu.wgmma_accumulator_load(dq_ref, wait_n=1)
 
         return pl.run_scoped(body, plgpu.ACC((HALF, HALF), jnp.float32))

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from glm45_jax.kernels import fp8
+from glm45_jax.kernels import fp8, fp8_rows_gpu
 from glm45_jax.kernels.fp8 import Fp8
 from glm45_jax.kernels.row_tiles_gpu import (
     CTAS,
@@ -117,10 +117,18 @@ def grouped_matmul(
 def _product(
     x_RI: jax.Array, ws: Sequence[Fp8], tiles: Tiles, plan: Plan, interpret: Any
 ) -> tuple[jax.Array, ...]:
-    q_RI, scale_RQ = fp8.quantize_rows(x_RI)
-    # Transposed, so that a step's scales are neighbours; TMA wants rows of whole 16 bytes.
-    scale_QR = jnp.pad(scale_RQ.T, ((0, 0), (0, -x_RI.shape[0] % 4)))
+    q_RI, scale_QR = quantized(x_RI, interpret)
     return rows_by_fp8(q_RI, scale_QR, ws, tiles, plan, interpret)
+
+
+def quantized(x_RI: jax.Array, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
+    """Rows in FP8 and their scales [Q, R], so that a step's are neighbours; R is filled up to a
+    multiple of four, as TMA wants rows of whole 16 bytes.
+    """
+    if not interpret and fp8_rows_gpu.refuses(x_RI) is None:
+        return fp8_rows_gpu.quantize_rows(x_RI)
+    q_RI, scale_RQ = fp8.quantize_rows(x_RI)
+    return q_RI, jnp.pad(scale_RQ.T, ((0, 0), (0, -x_RI.shape[0] % 4)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,8 @@ A row: op, shape, impl, ms, tflops, gbs, pct_of_ceiling, ratio_to_best_peer, err
 weights that are met, once, at the size they are stored in. The ceiling is a copy of 2 GiB for few
 rows, a bfloat16 product of 8192^3 for many. Few rows are timed as a model meets them: a scan over a
 stack of layers, several times round, in one program; torch replays a graph of the same. Ours
-quantises its rows within the time, peers get theirs quantised. `--tiny` runs it on a CPU.
+quantises its rows within the time, but for "rows in FP8"; peers get theirs quantised. `--tiny` runs
+it on a CPU.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from experiments.bench.kernels import (
     torch_or_none,
 )
 from experiments.bench.results import device_name, merge_result
-from glm45_jax.kernels import fp8, fp8_matmul
+from glm45_jax.kernels import fp8, fp8_matmul, fp8_matmul_gpu
 from glm45_jax.kernels.fp8_matmul import as_quantized, grouped_matmul_fp8
 from glm45_jax.kernels.grouped_matmul import grouped_matmul
 from glm45_jax.kernels.linear import linears
@@ -171,6 +172,10 @@ def by_fp8(x: jax.Array, ws: tuple[fp8.Fp8, ...]) -> tuple[jax.Array, ...]:
     return linears(x, *((SPEC, w) for w in ws))
 
 
+def by_kernel(q: jax.Array, scale: jax.Array, w: fp8.Fp8) -> jax.Array:
+    return fp8_matmul_gpu.matmul_quantized(q, scale, w)[0]
+
+
 def by_bf16(x: jax.Array, ws: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return linears(x, *((SPEC, w) for w in ws))
 
@@ -307,6 +312,9 @@ def many_rows(sizes: Sizes, tiny: bool) -> list[dict[str, Any]]:
     packed = jax.jit(fp8.to_fp8)(w)
     contenders: dict[str, Callable[[], Contender]] = {
         "ours fp8": lambda: of_jax(by_fp8, x, (packed,)),
+        "ours fp8, rows in FP8": lambda: of_jax(
+            by_kernel, *jax.jit(fp8_matmul_gpu.quantized)(x), packed
+        ),
         "xla bf16": lambda: of_jax(by_xla, x, (w,)),
         "xla f8, no scales": lambda: of_jax(by_f8_dot, x, (packed,)),
     }

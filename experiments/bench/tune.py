@@ -199,19 +199,25 @@ def decode(s: DecodeShape) -> Case:
 
 
 def fp8(M: int, I: int, O: int) -> Case:
-    """Rows times one matrix in FP8."""
+    """Rows times one matrix, both in FP8."""
     own = fp8_gpu.dense_plan(M, I, [O])
+    splits = {own.splits, max(1, own.splits // 2), 1}
+    pairs = itertools.product(range(own.stages, 3, -2), sorted(splits))
+    others = [dataclasses.replace(own, stages=stages, splits=n) for stages, n in pairs]
+    if own.rows == fp8_gpu.ROWS:
+        others += [dataclasses.replace(own, band=band) for band in (512, 1024)]
+        wide = fp8_gpu.plan_for(fp8_gpu.MANY)
+        others += [dataclasses.replace(wide, band=n * wide.rows) for n in (3, 6, 11)]
     return Case(
         "fp8 matmul",
         {"M": M, "I": I, "O": O},
         own,
-        tuple(
-            dataclasses.replace(own, stages=stages, splits=splits)
-            for stages in range(own.stages, 3, -2)
-            for splits in sorted({own.splits, max(1, own.splits // 2), 1})
+        tuple(others),
+        lambda: (
+            *jax.jit(fp8_gpu.quantized)(normal(1, (M, I))),
+            jax.jit(to_fp8)(normal(2, (I, O))),
         ),
-        lambda: (normal(1, (M, I)), jax.jit(to_fp8)(normal(2, (I, O)))),
-        lambda plan: partial(fp8_gpu.matmul, plan=plan),
+        lambda plan: partial(fp8_gpu.matmul_quantized, plan=plan),
     )
 
 
@@ -248,7 +254,8 @@ def cases() -> Iterator[Case]:
             yield from (product(stack, what) for what in ("inner", "polynomial", "into"))
     yield from (decode(s) for s in DECODE.values() if s.S >= 2048)
     yield from itertools.starmap(
-        fp8, ((8192, 4096, 12_288), (64, 4096, 12_288), (64, 12_288, 4096))
+        fp8,
+        ((8192, 8192, 8192), (8192, 4096, 12_288), (64, 4096, 12_288), (64, 12_288, 4096)),
     )
     few = [dataclasses.replace(s, R=512) for s in grouped]
     yield from (fp8_grouped(s) for s in [*grouped, *few])

@@ -323,8 +323,8 @@ class _Block:
         return self.mem["ds"].at[2 * lax.rem(step + 2, 2) + half]
 
     def exchange(self, step, ds16, meanwhile=None) -> None:
-        """Gives this warpgroup's ds of a step, and half of dq of the step before, for which it takes
-        the other's: so neither waits for the other.
+        """Gives this warpgroup's ds of a step, and half of dq of the step before, for which it
+        takes the other's: so neither waits for the other.
         """
         before = step - 1
 

@@ -2,10 +2,11 @@
 and grouped by expert. Letters: M R rows, I inputs, O outputs, E experts; P Q blocks of outputs and
 inputs; S splits of the inputs.
 
-Persistent CTAs of two consumer warpgroups and one producer, as in grouped_matmul_gpu.py. Tensor
-cores sum one block of 128 inputs; its sum enters the float32 total times both scales. Few rows, as
-in decoding, make tiles of 64 rows whose columns the consumers share: the weights stream past. Where
-they are too few columns to keep all CTAs loading, CTAs share the inputs and XLA sums their parts.
+Persistent CTAs of two or three consumer warpgroups and one producer, as in grouped_matmul_gpu.py.
+Tensor cores sum one block of 128 inputs; its sum enters the float32 total times both scales. Few
+rows, as in decoding, make tiles of 64 rows whose columns the consumers share: the weights stream
+past. Where they are too few columns to keep all CTAs loading, CTAs share the inputs and XLA sums
+their parts.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from glm45_jax.kernels.fp8 import Fp8
 from glm45_jax.kernels.row_tiles_gpu import (
     CTAS,
     HALF,
-    PRODUCER,
     ROWS,
     Grid,
     Place,
@@ -45,25 +45,39 @@ from glm45_jax.kernels.tuning import tuned
 
 STEP = 128  # of the inputs: one atom of shared memory, one block of scales
 COLUMNS = 128  # of a tile: one block of scales
-BAND = 2048  # rows of a dense product that meet all columns before the next: they stay in L2
 SPARE = 32  # scales of a step beyond its rows: TMA starts at every fourth number alone (H100)
+MANY = 192  # rows of a tile, at most
 E4M3 = jnp.float8_e4m3fn
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one product is cut. rows: of a tile, 64 or 128. stages: steps loaded ahead. splits: parts
-    of the inputs, each of which leaves float32 sums of its own.
+    """How one product is cut. rows: of a tile, 64, 128 or 192. stages: steps loaded ahead. splits:
+    parts of the inputs, each of which leaves float32 sums of its own. band: rows of a dense product
+    that meet all columns before the next: they stay in L2.
     """
 
     rows: int = HALF
     stages: int = 8
     splits: int = 1
+    band: int = 2048
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply: each has 64 rows of a tile, or two share its columns."""
+        return max(2, self.rows // HALF)
+
+    @property
+    def part(self) -> int:
+        """Columns of a consumer."""
+        return COLUMNS // 2 if self.rows == HALF else COLUMNS
 
 
 def plan_for(rows: int, splits: int = 1) -> Plan:
-    """24 KB a stage with 64 rows, 32 with 128, and the scales; 210 KB fit beside the output."""
-    return Plan(rows, 8 if rows == HALF else 6, splits)
+    """24 KB a stage with 64 rows, 32 with 128, 40 with 192, and the scales; 210 KB fit beside the
+    output.
+    """
+    return Plan(rows, {HALF: 8, ROWS: 6, MANY: 4}[rows], splits)
 
 
 def dense_plan(n_rows: int, inputs: int, columns: Sequence[int]) -> Plan:
@@ -91,12 +105,24 @@ def matmul(
     x_MI: jax.Array, *ws: Fp8, plan: Plan | None = None, interpret: Any = None
 ) -> tuple[jax.Array, ...]:
     """y[M, O] in bfloat16 of each weight, as `kernels.fp8_matmul.fp8_matmul`, in one launch."""
-    M, I = x_MI.shape
+    return matmul_quantized(*quantized(x_MI, interpret), *ws, plan=plan, interpret=interpret)
+
+
+def matmul_quantized(
+    q_MI: jax.Array,
+    scale_QM: jax.Array,
+    *ws: Fp8,
+    plan: Plan | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """The same of rows as `quantized` gives them."""
+    M, I = q_MI.shape
     columns = [w.values_OI.shape[0] for w in ws]
     plan = plan or tuned("fp8 matmul", dense_plan(M, I, columns), M=M, I=I, O=sum(columns))
-    tiles = lay_bands(M, band=BAND, rows=plan.rows)
-    ys = _product(x_MI, [jax.tree.map(lambda a: a[None], w) for w in ws], tiles, plan, interpret)
-    return tuple(y.sum(axis=0).astype(x_MI.dtype) if y.ndim == 3 else y for y in ys)
+    tiles = lay_bands(M, band=plan.band, rows=plan.rows)
+    stacks = [jax.tree.map(lambda a: a[None], w) for w in ws]
+    ys = rows_by_fp8(q_MI, scale_QM, stacks, tiles, plan, interpret)
+    return tuple(y.sum(axis=0).astype(jnp.bfloat16) if y.ndim == 3 else y for y in ys)
 
 
 def grouped_matmul(
@@ -111,14 +137,8 @@ def grouped_matmul(
     R, E = x_RI.shape[0], rows_E.shape[0]
     O, I = w.values_OI.shape[1:]
     plan = plan or tuned("fp8 grouped_matmul", plan_for(tile_rows(R, E)), R=R, E=E, I=I, O=O)
-    return _product(x_RI, [w], lay_tiles(rows_E, n_rows=R, rows=plan.rows), plan, interpret)[0]
-
-
-def _product(
-    x_RI: jax.Array, ws: Sequence[Fp8], tiles: Tiles, plan: Plan, interpret: Any
-) -> tuple[jax.Array, ...]:
-    q_RI, scale_QR = quantized(x_RI, interpret)
-    return rows_by_fp8(q_RI, scale_QR, ws, tiles, plan, interpret)
+    tiles = lay_tiles(rows_E, n_rows=R, rows=plan.rows)
+    return rows_by_fp8(*quantized(x_RI, interpret), [w], tiles, plan, interpret)[0]
 
 
 def quantized(x_RI: jax.Array, interpret: Any = None) -> tuple[jax.Array, jax.Array]:
@@ -188,8 +208,10 @@ def rows_by_fp8(
     widths = [w.values_OI.shape[1] for w in ws]
     columns = _Columns((0, *np.cumsum([pl.cdiv(O, COLUMNS) for O in widths]).tolist()))
     n_tiles = columns.starts[-1] * splits
-    part = COLUMNS // (3 - halves)  # columns of a consumer
+    part, producer = plan.part, plan.consumers
+    blocks = COLUMNS // part  # of columns, in a step
     last, grid = tiles.next_P.shape[0] - 1, Grid(interpret)
+    registers = (40, 232) if producer == 2 else (32, 160)  # 65,536 for all warpgroups
     dtype = jnp.bfloat16 if splits == 1 else jnp.float32
 
     def body(x, xs, *refs, **mem):
@@ -219,9 +241,9 @@ def rows_by_fp8(
             place = Place(row, column, end - row, None, jnp.minimum(group, E - 1))
             return first_k, steps, place, tile, split
 
-        @pl.when(wg == PRODUCER)
+        @pl.when(wg == producer)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(registers[0], action="decrease")
 
             def tile(j, i):
                 first_k, steps, place, tile, _ = locate(j)
@@ -235,9 +257,9 @@ def rows_by_fp8(
                     load_rows(x, inner, place, lhs_bytes, slot, halves, full)
                     scales = xs.at[k, pl.ds(aligned(place.row), plan.rows + SPARE)]
                     plgpu.copy_gmem_to_smem(scales, mem["scales"].at[slot], full)
-                    for c in range(3 - halves):
+                    for c in range(blocks):
                         these = pl.ds(pl.multiple_of(column + c * part, part), part)
-                        block = rhs.at[slot * (3 - halves) + c]
+                        block = rhs.at[slot * blocks + c]
 
                         def copy(m, these=these, block=block):
                             from_ = w[m].at[place.matrix, these, inner]
@@ -250,20 +272,20 @@ def rows_by_fp8(
 
             ring.drain(lax.fori_loop(jnp.int32(0), mine, tile, jnp.int32(0)))
 
-        @pl.when(wg != PRODUCER)
+        @pl.when(wg != producer)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(registers[1], action="increase")
 
             def tile(j, i):
                 first_k, steps, place, tile, split = locate(j)
-                own = place.lower(wg) if halves == 2 else place.right(wg, part)
+                own = place.right(wg, part) if halves == 1 else place.lower(wg)
 
                 def step(k, total):
                     # Before the wait, which hides it.
                     w_scale = columns.scale(ws, place.matrix, tile, first_k + k)
                     slot = ring.wait(i + k)
-                    a = lhs_blocks.at[slot * halves + (wg if halves == 2 else 0)]
-                    b = rhs.at[slot if halves == 2 else slot * 2 + wg]
+                    a = lhs_blocks.at[slot if halves == 1 else slot * halves + wg]
+                    b = rhs.at[slot * 2 + wg if halves == 1 else slot]
                     first = own.row - aligned(place.row)
 
                     def product(acc):
@@ -289,18 +311,18 @@ def rows_by_fp8(
 
     scratch = {
         "lhs": two_views(halves * plan.stages, E4M3, interpret),
-        "rhs": plgpu.SMEM(((3 - halves) * plan.stages, part, STEP), E4M3, **tiling(8, E4M3)),
+        "rhs": plgpu.SMEM((blocks * plan.stages, part, STEP), E4M3, **tiling(8, E4M3)),
         "scales": plgpu.SMEM((plan.stages, plan.rows + SPARE), jnp.float32),
-        "out": two_views(2, dtype, interpret),
-        "full": plgpu.Barrier(num_arrivals=4, num_barriers=plan.stages),
-        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
+        "out": two_views(plan.consumers, dtype, interpret),
+        "full": plgpu.Barrier(num_arrivals=halves + blocks + 1, num_barriers=plan.stages),
+        "empty": plgpu.Barrier(num_arrivals=plan.consumers, num_barriers=plan.stages),
     }
     table = tiles.expert_P, tiles.start_P, tiles.end_P, tiles.first_P, tiles.next_P
     # One result for all: with a store for each matrix it compiled for 80 s (jax 0.11.2).
     width = widths[0] if n == 1 else columns.starts[-1] * COLUMNS
     out = jax.ShapeDtypeStruct((R, width) if splits == 1 else (splits, R, width), dtype)
     values, scales = [w.values_OI for w in ws], [w.scales_PQ for w in ws]
-    y = grid.call(body, out, scratch)(q_RI, scale_QR, *values, *scales, *table)
+    y = grid.call(body, out, scratch, producer + 1)(q_RI, scale_QR, *values, *scales, *table)
     firsts = [start * COLUMNS for start in columns.starts]
     return tuple(y[..., a : a + O] for a, O in zip(firsts, widths, strict=False))
 

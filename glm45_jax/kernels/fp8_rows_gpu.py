@@ -1,5 +1,5 @@
-"""Rows to FP8 by a kernel for Hopper: read once, written once. Letters: M rows, I inputs, Q blocks of
-128 of them.
+"""Rows to FP8 by a kernel for Hopper: read once, written once. Letters: M rows, I inputs, Q blocks
+of 128 inputs.
 
 XLA reads the rows twice, for the scales and for the numbers. Here a block of 64 rows and 128 inputs
 lies in registers between the two; `BLOCKS` of them are on their way at a time.
@@ -20,14 +20,14 @@ from glm45_jax.kernels.fp8 import BLOCK, E4M3_MAX, ROW_FLOOR
 from glm45_jax.kernels.row_tiles_gpu import HALF, tiling
 
 SIZE = BLOCK[1]
-BLOCKS = 4  # of inputs a CTA: 64 KB of rows and 32 KB of results, so that three fit
+BLOCKS = 8  # of inputs a CTA: 128 KB of rows on their way, 64 KB of results
 LEAST = 1024  # rows, below which XLA's two passes cost nothing
 LAYOUT = plgpu.Layout.WGMMA
 
 
 def refuses(x_MI: jax.Array) -> str | None:
     """Why the kernel does not run on these rows, or None."""
-    (M, I), columns = x_MI.shape, BLOCKS * SIZE
+    M, I = x_MI.shape
     if x_MI.dtype != jnp.bfloat16:
         return f"rows are {x_MI.dtype}, must be bfloat16"
     if M < LEAST or M % HALF or I % SIZE:
@@ -90,4 +90,3 @@ def _quantize(x_MI, interpret):
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     return run(x_MI)
-

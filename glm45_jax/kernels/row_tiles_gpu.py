@@ -181,15 +181,17 @@ class Grid:
         """Its j-th."""
         return lax.axis_index("cta") + j * self.ctas
 
-    def call(self, body: Any, out: jax.ShapeDtypeStruct, scratch: dict[str, Any]) -> Any:
-        """The kernel, to be called with its arrays."""
+    def call(
+        self, body: Any, out: jax.ShapeDtypeStruct, scratch: dict[str, Any], threads: int = 3
+    ) -> Any:
+        """The kernel, to be called with its arrays. threads: warpgroups of a CTA."""
         return plgpu.kernel(
             body,
             out_type=out,
             scratch_types=scratch,
             grid=(self.ctas,),
             grid_names=("cta",),
-            num_threads=3,
+            num_threads=threads,
             thread_name="wg",
             interpret=self.interpret,
         )
@@ -272,9 +274,9 @@ def load_rows(
     def copy(block, row, n):
         plgpu.copy_gmem_to_smem(x.at[pl.ds(row, n), inner], bytes_of(block, 0, n), barrier)
 
-    if halves == 2:
-        for half in range(2):
-            copy(slot * 2 + half, place.row + half * HALF, HALF)
+    if halves > 1:
+        for half in range(halves):
+            copy(slot * halves + half, place.row + half * HALF, HALF)
         return
     for fewer, n in ((0, 8), (8, 16), (16, 32), (32, HALF)):
         rows = jnp.clip(place.rows, 1, HALF)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm45_jax import sharding
-from glm45_jax.kernels import fp8
+from glm45_jax.kernels import fp8, fp8_rows_gpu
 from glm45_jax.kernels import fp8_matmul as op
 from glm45_jax.kernels import fp8_matmul_gpu as gpu
 from glm45_jax.kernels import linear as linear_lib
@@ -214,7 +214,7 @@ def assert_rounded_once(ours, exact, size=2**-8):
 RAGGED = {"mixed": [3, 0, 65, 4], "short": [1, 2, 0, 7], "none": [0, 0, 0, 0]}
 
 
-@pytest.mark.parametrize("rows, splits", [(64, 1), (64, 2), (128, 1), (128, 3)])
+@pytest.mark.parametrize("rows, splits", [(64, 1), (64, 2), (128, 1), (128, 3), (192, 1)])
 def test_the_mosaic_kernel_is_the_definition_in_the_interpreter(rows, splits):
     x, ws = half(72, 600), [packed(600, O, seed=O) for O in (192, 128)]
     run = functools.partial(gpu.matmul, plan=gpu.plan_for(rows, splits))
@@ -237,7 +237,7 @@ def test_the_grouped_mosaic_kernel_is_the_definition_in_the_interpreter(sizes, r
 @settings(max_examples=12)
 @given(st.integers(1, 5000), st.sampled_from([64, 128]))
 def test_bands_are_the_tiles_of_groups_of_their_rows(n_rows, rows):
-    bands = gpu.lay_bands(n_rows, band=gpu.BAND, rows=rows)
+    bands = gpu.lay_bands(n_rows, band=gpu.Plan().band, rows=rows)
     tiles = gpu.lay_tiles(jnp.asarray(bands.rows_E), n_rows=n_rows, rows=rows)
     total = int(tiles.next_P[-1])
     assert len(bands.next_P) == bands.next_P[-1] == total
@@ -284,11 +284,40 @@ def test_the_mosaic_kernels_lower_for_cuda_at_air_shapes(rows):
         jax.ShapeDtypeStruct((128,), jnp.int32),
     )
     lowered = jax.jit(layer).trace(x_MD, x_MI, *args).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("mosaic_gpu_v2") == 5
+    quantised = 3 if rows >= fp8_rows_gpu.LEAST else 0  # of their sizes, by a kernel of their own
+    assert lowered.as_text().count("mosaic_gpu_v2") == 5 + quantised
+
+
+@pytest.mark.parametrize("blocks", [1, 6, 8])
+def test_the_kernel_of_rows_gives_the_bytes_and_scales_of_the_definition(blocks):
+    x = half(128, 128 * blocks) * jnp.exp2(half(128, 1) * 8).astype(jnp.bfloat16)
+    x = x.at[3, :70].set(0).at[5].set(0)
+    ours, ours_QM = fp8_rows_gpu.quantize_rows(x, interpret=True)
+    exact, exact_MQ = fp8.quantize_rows(x)
+    np.testing.assert_array_equal(ours.astype(jnp.float32), exact.astype(jnp.float32))
+    np.testing.assert_array_equal(ours_QM.T, exact_MQ)
+
+
+def test_the_kernel_of_rows_says_what_it_leaves_to_xla():
+    assert fp8_rows_gpu.refuses(half(1024, 256)) is None
+    for x in (half(960, 256), half(1030, 256), half(1024, 200)):
+        assert "are fewer than 1024, or no whole blocks of 64 by 128" in fp8_rows_gpu.refuses(x)
+    with pytest.raises(ValueError, match="rows are float32, must be bfloat16"):
+        fp8_rows_gpu.quantize_rows(jnp.zeros((1024, 256)))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("M", [1, 10, 64, 200, 1000])
+def test_the_kernel_of_rows_is_the_definition_on_a_gpu():
+    x = half(8192, 4096) * jnp.exp2(half(8192, 1) * 8).astype(jnp.bfloat16)
+    ours, ours_QM = jax.jit(fp8_rows_gpu.quantize_rows)(x)
+    exact, exact_MQ = jax.jit(fp8.quantize_rows)(x)
+    np.testing.assert_allclose(ours_QM.T, exact_MQ, rtol=3e-7)  # divisions are approximate
+    unlike = ours.astype(jnp.float32) != exact.astype(jnp.float32)
+    assert jnp.mean(unlike) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M", [1, 10, 64, 200, 1000, 8192])
 def test_the_mosaic_kernel_is_the_definition_on_a_gpu(M):
     x, ws = half(M, 1408), [packed(1408, O, seed=O) for O in (1024, 192, 320)]
     for y, exact in zip(

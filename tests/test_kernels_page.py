@@ -5,9 +5,10 @@ import pytest
 from experiments.bench import kernels_page as bench
 
 
-def test_the_page_is_that_of_the_kept_results():
+@pytest.mark.parametrize("device", bench.PAGES)
+def test_the_page_is_that_of_the_kept_results(device):
     """Where it is not: python -m experiments.bench.kernels_page."""
-    assert bench.PAGE.read_text() == bench.page(bench.DEVICE)
+    assert bench.PAGES[device].read_text() == bench.page(device)
 
 
 @pytest.mark.parametrize("op", ["attention fwd", "attention fwd+bwd"])

@@ -34,8 +34,8 @@ SMALL = Case(1, 1024, 16, 2, 128), Case(1, 1024, 16, 2, 128, documents=8)
 SHORT, LONG = Case(8, 4096, 96, 8, 128), Case(1, 32768, 96, 8, 128)
 PACKED, NARROW = Case(8, 4096, 96, 8, 128, documents=8), Case(8, 4096, 96, 8, 64)
 
-TWO = Tuning(fused="never")
-ONE = Tuning(fused="always")
+TWO = Tuning(fused=False)
+ONE = Tuning(fused=True)
 WAYS: dict[str, Tuning | str] = {
     "two kernels": TWO,
     "one kernel": ONE,

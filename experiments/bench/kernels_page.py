@@ -1,9 +1,10 @@
 """The kernels of a device beside their peers: a table of all rows and a roofline, from the result
 file.
 
-    python -m experiments.bench.kernels_page [--device nvidia-h100-80gb-hbm3-x1]
+    python -m experiments.bench.kernels_page
 
-Writes docs/kernels.md and docs/images/kernels_roofline.png. Needs matplotlib and no accelerator.
+Writes a page for each device of `PAGES`, and the roofline of the first. Needs matplotlib and no
+accelerator.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any
 from experiments.bench.results import known
 from glm45_jax.train.document import table
 
-PAGE = pathlib.Path("docs/kernels.md")
+DEVICE = "nvidia-h100-80gb-hbm3-x1"  # of the figure
+PAGES = {
+    DEVICE: pathlib.Path("docs/kernels.md"),
+    "nvidia-h200-x1": pathlib.Path("docs/kernels_h200.md"),
+}
 FIGURE = pathlib.Path("docs/images/kernels_roofline.png")
-DEVICE = "nvidia-h100-80gb-hbm3-x1"
 # Of the datasheet: dense bfloat16 TFLOP/s and TB/s of one H100 SXM.
 PEAK_TFLOPS, PEAK_TBS = 989.0, 3.35
 SECTIONS = (
@@ -177,8 +181,9 @@ def page(device: str) -> str:
         "process. The ceiling of arithmetic is an 8192³ product, of copies and decoding a copy of "
         "2 GiB, both in the same run. Error: largest difference from float32 over the largest "
         "value, where checked.",
-        f"![FLOPs a byte, TFLOP/s]({FIGURE.relative_to(PAGE.parent)})",
+        *([f"![FLOPs a byte, TFLOP/s]({FIGURE.relative_to('docs')})"] if device == DEVICE else []),
     ]
+    head = len(parts)
     for key, title, command in SECTIONS:
         rows = known(device, key).get("rows", [])
         if not rows:
@@ -186,26 +191,25 @@ def page(device: str) -> str:
         versions = {row.get("jax") for row in rows} | {known(device, key).get("jax")}
         told = ", ".join(sorted(v for v in versions if v))
         parts += [f"## {title}", f"`{command}`, jax {told}", table(HEAD, [cells(r) for r in rows])]
-    if len(parts) == 3:
+    if len(parts) == head:
         raise SystemExit(f"no rows of kernels for {device}; experiments/bench/gpu.sh makes them")
     return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    """Writes the page and the figure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default=DEVICE)
-    device = parser.parse_args().device
-    PAGE.write_text(page(device), encoding="utf-8")
+    """Writes the pages and the figure."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for device, file in PAGES.items():
+        file.write_text(page(device), encoding="utf-8")
     groups = {
         title: found
         for key, title, _ in SECTIONS
-        if (found := points(key, known(device, key).get("rows", [])))
+        if (found := points(key, known(DEVICE, key).get("rows", [])))
     }
-    ceiling = known(device, "kernels_grouped_matmul")["ceiling_tflops"]
+    ceiling = known(DEVICE, "kernels_grouped_matmul")["ceiling_tflops"]
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
-    figure(groups, known(device, "kernels_decode")["copy_gbs"], ceiling).savefig(FIGURE, dpi=130)
-    print(f"wrote {PAGE} and {FIGURE}")
+    figure(groups, known(DEVICE, "kernels_decode")["copy_gbs"], ceiling).savefig(FIGURE, dpi=130)
+    print(f"wrote {FIGURE} and {', '.join(map(str, PAGES.values()))}")
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def attention(s: AttentionShape) -> Case:
     changes += [{"stages_dkv": 2}, {"queries": 128, "stages_dkv": 2}]
     changes += [{"keys_dq": 128, "stages_dq": 2}]
     if s.H == width <= hopper.TILE:
-        changes += [{"fused": "always"}, {"fused": "never"}]
-        changes += [{"fused": "always", "stages_fused": 3, "parts_fused": 1}]
+        changes += [{"fused": True}, {"fused": False}]
+        changes += [{"fused": True, "stages_fused": 3, "parts_fused": 1}]
 
     def run(sizes: Any) -> Callable[..., Any]:
         def both_ways(q: Any, k: Any, v: Any, g: Any) -> Any:
@@ -204,10 +204,9 @@ def fp8(M: int, I: int, O: int) -> Case:
     splits = {own.splits, max(1, own.splits // 2), 1}
     pairs = itertools.product(range(own.stages, 3, -2), sorted(splits))
     others = [dataclasses.replace(own, stages=stages, splits=n) for stages, n in pairs]
-    if own.rows == fp8_gpu.ROWS:
-        others += [dataclasses.replace(own, band=band) for band in (512, 1024)]
-        wide = fp8_gpu.plan_for(fp8_gpu.MANY)
-        others += [dataclasses.replace(wide, band=n * wide.rows) for n in (3, 6, 11)]
+    if own.rows == fp8_gpu.MANY:
+        others.append(fp8_gpu.plan_for(fp8_gpu.ROWS))
+        others += [dataclasses.replace(own, band=n * own.rows) for n in (3, 6)]
     return Case(
         "fp8 matmul",
         {"M": M, "I": I, "O": O},
@@ -232,7 +231,10 @@ def fp8_grouped(s: GroupedShape) -> Case:
         "fp8 grouped_matmul",
         {"R": s.R, "E": s.E, "I": s.D, "O": s.F},
         own,
-        tuple(dataclasses.replace(own, stages=n) for n in range(own.stages, 3, -1)),
+        (
+            *(dataclasses.replace(own, stages=n) for n in range(own.stages, 3, -1)),
+            fp8_gpu.plan_for(fp8_gpu.MANY),
+        ),
         lambda: (
             normal(1, (s.R, s.D)),
             jax.jit(to_fp8)(normal(2, (s.E, s.D, s.F))),

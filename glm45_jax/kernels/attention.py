@@ -248,19 +248,14 @@ def _tiles_yields(q_BTNH, k_BSKH, v_BSKH, **_) -> str | None:
 
 
 def _mosaic_yields(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_) -> str | None:
-    """Forward and backward in TFLOP/s, mosaic and cudnn in one run, 96/8 heads, one document a row:
-    463 · 451 at B8 T4096, but 516 · 562 at B1 T32768, and 353 · 363 at B8 T4096 with heads of 64
-    (H100, jax 0.11.2, experiments/bench/kernels_attention.py).
+    """Forward and backward in TFLOP/s, mosaic and cudnn in one run, a document a row: 505 · 450 at
+    B8 T4096 and 572 · 545 at B1 T32768 with heads of 128, 388 · 370 with heads of 256, 340 · 357
+    with heads of 64 (H200, jax 0.11.2, experiments/bench/kernels_attention.py).
     """
-    T, H = q_BTNH.shape[1], q_BTNH.shape[-1]
     if _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT):
         return None  # nothing to yield to
-    if H > 128:
-        return "mosaic was compiled for heads wider than 128, but not yet timed beside cudnn"
-    if H == 64:
-        return "mosaic is slower than cudnn with heads of 64 (353 · 363 TFLOP/s)"
-    if T > 4096:
-        return "mosaic is slower than cudnn on long rows (516 · 562 TFLOP/s at 32,768)"
+    if q_BTNH.shape[-1] == 64:
+        return "mosaic is slower than cudnn with heads of 64 (340 · 357 TFLOP/s)"
     return None
 
 

@@ -4,8 +4,9 @@
 dq is a sum over blocks, in float32 in global memory. They add to it in the order of their key
 tiles: a counter for each block of queries says how many have, so the sum is bitwise repeatable. A
 block waits for blocks before it in the grid only; a device starts blocks in that order, so they
-run. The interpreter has neither counters nor copies that add, but runs one block after the other
-in that order: there a block reads, adds and writes.
+run. Which queries a block takes first (`walks_up`) decides whether they are in L2. The interpreter
+has neither counters nor copies that add, but runs one block after the other in that order: there a
+block reads, adds and writes.
 
 Letters: B T N K G H; U entries of a value. Inside a kernel `_t`, `_s`: queries, keys of a tile.
 """
@@ -41,7 +42,7 @@ def gradients(
     """
     (B, T, N, H), (K, U) = q_BTNH.shape, v_BTKU.shape[2:]
     if H != U or H not in (HALF, TILE):
-        raise ValueError(f"one kernel takes heads 64 or 128 wide, not ({H}, {U}); fused='never'")
+        raise ValueError(f"one kernel takes heads 64 or 128 wide, not ({H}, {U}); fused=False")
     lanes = heads_at_once(B * K, T // TILE, tuning.sms)
     begin_BT, end_BT = (None, None) if within is None else (within.begin_BT, within.end_BT)
     many = HALF * TILE // H  # queries of a step: half of their dq is HALF by HALF
@@ -50,7 +51,7 @@ def gradients(
         begin_ref, end_ref, dq_ref, dk_ref, dv_ref, mem = rest
         wave, tile = lax.axis_index("wave"), lax.axis_index("tile")
         b, kv = _div_rem(wave * lanes + lax.axis_index("lane"), K)
-        high, upward = T // many, odd(wave, tile, T // TILE, tuning.sms)
+        high, upward = T // many, walks_up(wave, tile, T // TILE, tuning.sms)
         if end_ref is not None:
             high, upward = pl.cdiv(end_ref[b, tile * TILE + TILE - 1], many), None
         blocks = (tile * (TILE // many), high)
@@ -93,25 +94,26 @@ def turn(begin, tile):
     return tile - lax.div(begin, TILE)
 
 
-def _div_rem(x, y):
-    return lax.div(x, y), lax.rem(x, y)
-
-
 def heads_at_once(heads, tiles, sms) -> int:
-    """Of how many kv heads, rows counted one by one, all tiles are worked on at the same time."""
+    """Of how many kv heads, each row's counted, all tiles are at work on a device of `sms`."""
     most = max(1, sms // tiles)
     return max(n for n in range(1, most + 1) if heads % n == 0)
 
 
-def odd(wave, tile, tiles, sms):
-    """Whether a tile's block walks upward. A device has `sms` blocks at work and gives each that
-    ends the next of the grid. Those that begin together walk down from the last query side by
-    side, so that queries and dq of a few steps are in L2 for all. They end one after the other,
-    the last tile first, and each tile after them that begins there, and walks up, meets its
-    predecessors on their way: again all are side by side, and all end together.
+def walks_up(wave, tile, tiles, sms):
+    """Whether a block takes its first queries first, where rows are one document.
+
+    Blocks that begin together walk down side by side from the last query, so that the queries and
+    dq of a few steps are all that L2 holds. They end one after the other, the last tile first, and
+    who begins in the place of one would be alone on its way down. Walking up it meets its
+    predecessors where they are: all are side by side again, and end together.
     """
     rounds = max(1, round(tiles / sms))
     return lax.rem(wave * rounds + jnp.minimum(lax.div(tile, sms), rounds - 1), 2) == 1
+
+
+def _div_rem(x, y):
+    return lax.div(x, y), lax.rem(x, y)
 
 
 def _scratch(tuning, many, H, dtype):
@@ -139,12 +141,13 @@ def _scratch(tuning, many, H, dtype):
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """TILE keys of a kv head, which walk over the queries of all its heads from the last to the
-    first, `many` of one head a step. blocks: the first of these, and the one after the last.
+    """TILE keys of a kv head, which walk over the queries of all its heads, `many` of one head a
+    step. at: row, kv head, tile. blocks: the first of queries, and the one after the last. upward:
+    see `walks_up`; None is never.
 
     Warpgroups 0 and 1 own HALF keys each and write their part of ds, keys by queries, into shared
-    memory. When both have, each makes half of dq from all of it: half its columns, or of heads 64
-    wide half its rows.
+    memory. A step later, when both surely have, each makes half of dq from all of it: half its
+    columns, or of heads 64 wide half its rows.
     """
 
     tuning: Tuning
@@ -251,7 +254,7 @@ class _Block:
         plgpu.barrier_wait(mem["kv_full"])
         zero = hopper.filled((HALF, self.width), 0.0, plgpu.Layout.WGMMA)
         dk, dv = walking.by_mask(one_step, (zero, zero), key0, end_T, self.blocks, many, self.group)
-        pl.when(self.steps > 0)(lambda: self.hand_last(self.steps - 1))
+        pl.when(self.steps > 0)(lambda: self.finish(self.steps - 1))
         done = mem["ds_full"].at[lax.rem(self.steps, 2)]
         plgpu.barrier_arrive(done)  # nobody reads the keys any more, say both
         plgpu.barrier_wait(done)
@@ -322,37 +325,44 @@ class _Block:
         """Where a warpgroup's ds of a step is."""
         return self.mem["ds"].at[2 * lax.rem(step + 2, 2) + half]
 
-    def exchange(self, step, ds16, meanwhile=None) -> None:
+    def exchange(self, step, ds16, start=None) -> None:
         """Gives this warpgroup's ds of a step, and half of dq of the step before, for which it
-        takes the other's: so neither waits for the other.
+        takes the other's: so neither waits long for the other. start: starts one more product.
         """
-        before = step - 1
+        before, given = step - 1, self.mem["ds_full"].at[lax.rem(step, 2)]
 
         def store():
             self.ds(step, lax.axis_index("wg"))[...] = ds16
             plgpu.commit_smem()
 
-        if meanwhile is None:
-            pl.when(step > 0)(lambda: self.hand_last(before))
+        if start is None:
+            pl.when(step > 0)(lambda: self.finish(before))
             store()
-            plgpu.barrier_arrive(self.mem["ds_full"].at[lax.rem(step, 2)])
+            plgpu.barrier_arrive(given)
             return
+
+        def beside():
+            start()
+            store()
+
         pl.when(step > 0)(lambda: self.take(before))
-        dq = self.product(before, meanwhile, store)
-        plgpu.barrier_arrive(self.mem["ds_full"].at[lax.rem(step, 2)])
+        dq = self.product(before, beside, running=1)  # of step 0: nothing, and given to nobody
+        plgpu.barrier_arrive(given)
         pl.when(step > 0)(lambda: self.hand(dq, before))
 
     def take(self, step) -> None:
-        """Waits for ds of both."""
+        """Waits until both have given ds."""
         plgpu.barrier_wait(self.mem["ds_full"].at[lax.rem(step, 2)])
 
-    def hand_last(self, step) -> None:
-        """dq of a step with no product beside it."""
+    def finish(self, step) -> None:
+        """Half of dq of a step, by itself."""
         self.take(step)
         self.hand(self.product(step), step)
 
-    def product(self, step, meanwhile=None, store=None):
-        """Half of dq of a step: ds of all keys, times keys. meanwhile: starts one more product."""
+    def product(self, step, beside=lambda: None, running=0):
+        """Half of dq of a step: ds of all keys, times keys. beside: starts `running` more products
+        and does what else there is.
+        """
         mine = pl.ds(lax.axis_index("wg") * HALF, HALF)
 
         def body(dq_ref):
@@ -360,11 +370,10 @@ class _Block:
                 ds, k = self.ds(step, half), self.mem["k"].at[half]
                 ds, k = (ds.at[:, mine], k) if self.width == HALF else (ds, k.at[:, mine])
                 plgpu.wgmma(dq_ref, ds.transpose((1, 0)), k)
-            if meanwhile is None:
+            beside()
+            if self.tuning.interpret:
                 return dq_ref[...]
-            meanwhile()
-            store()
-            return plgpu.wgmma_accumulator_load(dq_ref, wait_n=1)
+            return plgpu.wgmma_accumulator_load(dq_ref, wait_n=running)
 
         return pl.run_scoped(body, plgpu.ACC((HALF, HALF), jnp.float32))
 

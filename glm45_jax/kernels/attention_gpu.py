@@ -78,7 +78,7 @@ def _flash_bwd(tuning, residuals, dout_BTNU):
         "btnu,btnu->bnt", out_BTNU, dout_BTNU, preferred_element_type=jnp.float32
     )
     args = (q_BTNH, k_BTKH, v_BTKU, dout_BTNU, lse_BNT, delta_BNT, within, tuning)
-    if tuning.fused == "always" or (tuning.fused == "whole rows" and within is None):
+    if tuning.fused:
         return *attention_fused_gpu.gradients(*args), None
     dk_BTKH, dv_BTKU = attention_backward_gpu.keys(*args)
     return attention_backward_gpu.queries(*args), dk_BTKH, dv_BTKU, None

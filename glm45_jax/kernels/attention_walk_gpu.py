@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
 
 import jax
 import jax.experimental.pallas as pl
@@ -55,9 +54,8 @@ class Tuning:
     step of forward, dq, dk/dv. apart: dv and dk in a kernel each. registers: of a thread that
     copies and one that computes; 128 and 256 threads share 65,536.
 
-    fused: the backward pass in one kernel, for heads up to TILE wide: of all rows, of none, or
-    where a row is one document. stages_fused, parts_fused: blocks in flight there, and parts of dq
-    on their way out.
+    fused: the backward pass in one kernel, for heads up to TILE wide. stages_fused, parts_fused:
+    blocks in flight there, and parts of dq on their way out.
     """
 
     sms: int = 132
@@ -71,7 +69,7 @@ class Tuning:
     apart: bool = False
     registers: tuple[int, int] = (24, 240)
     registers_dq: tuple[int, int] = (40, 232)
-    fused: Literal["always", "never", "whole rows"] = "never"
+    fused: bool = False
     stages_fused: int = 2
     parts_fused: int = 2
     interpret: bool = False
@@ -108,7 +106,7 @@ WIDE = {
 }
 SIZES = {
     (HALF, HALF): Tuning(),
-    (TILE, TILE): Tuning(fused="always"),
+    (TILE, TILE): Tuning(fused=True),
     **WIDE,
 }
 WIDTHS = tuple(SIZES)

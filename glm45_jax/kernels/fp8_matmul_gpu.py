@@ -46,7 +46,8 @@ from glm45_jax.kernels.tuning import tuned
 STEP = 128  # of the inputs: one atom of shared memory, one block of scales
 COLUMNS = 128  # of a tile: one block of scales
 SPARE = 32  # scales of a step beyond its rows: TMA starts at every fourth number alone (H100)
-MANY = 192  # rows of a tile, at most
+MANY = 192  # rows of a tile, at most: its columns are read from L2 a third less often
+AMPLE = 4096  # rows, from which on tiles of so many leave no CTA idle
 E4M3 = jnp.float8_e4m3fn
 
 
@@ -77,14 +78,15 @@ def plan_for(rows: int, splits: int = 1) -> Plan:
     """24 KB a stage with 64 rows, 32 with 128, 40 with 192, and the scales; 210 KB fit beside the
     output.
     """
-    return Plan(rows, {HALF: 8, ROWS: 6, MANY: 4}[rows], splits)
+    stages, band = {HALF: (8, 2048), ROWS: (6, 2048), MANY: (4, 11 * MANY)}[rows]
+    return Plan(rows, stages, splits, band)
 
 
 def dense_plan(n_rows: int, inputs: int, columns: Sequence[int]) -> Plan:
     """Of matrices of so many columns each: as many splits as give every CTA a tile, of four steps
     at least.
     """
-    rows = HALF if n_rows <= HALF else ROWS
+    rows = HALF if n_rows <= HALF else ROWS if n_rows < AMPLE else MANY
     n_tiles = pl.cdiv(n_rows, rows) * sum(pl.cdiv(c, COLUMNS) for c in columns)
     return plan_for(rows, max(1, min(CTAS // n_tiles, pl.cdiv(inputs, STEP) // 4)))
 

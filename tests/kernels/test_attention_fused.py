@@ -20,7 +20,7 @@ ENDS = (70, 128, 150, 260)  # inside a tile, at its end, and two inside one
 
 
 def tuning(H, **changes):
-    return dataclasses.replace(walking.tuning_of(H, H), fused="always", **changes)
+    return dataclasses.replace(walking.tuning_of(H, H), fused=True, **changes)
 
 
 def documents(T):
@@ -29,7 +29,7 @@ def documents(T):
 
 def check_interpreted(H, T, packed, **changes):
     shape = AttentionShape(B=1, T=T, N=4, K=2, H=H)
-    sizes = tuning(H, sms=2, interpret=True, **changes)
+    sizes = tuning(H, **{"sms": 2, "interpret": True} | changes)
     attention = functools.partial(gpu.flash_attention, tuning=sizes)
     check_half(shape, documents(T) if packed else None, attention)
 
@@ -41,14 +41,16 @@ def check_interpreted(H, T, packed, **changes):
         (128, 300, False, {}),
         (128, 90, False, {}),
         (64, 300, True, {}),
-        (128, 300, True, dict(stages_fused=2, parts_fused=2)),
+        (128, 300, True, dict(stages_fused=3, parts_fused=1)),
+        (128, 500, False, dict(sms=1)),  # the second tile of four and the last walk up
+        (64, 300, False, dict(sms=6)),  # both kv heads at once
     ],
 )
 def test_one_kernel_interpreted_equals_the_definition(H, T, packed, sizes):
     check_interpreted(H, T, packed, **sizes)
 
 
-def test_rows_of_one_document_take_one_kernel_where_it_was_faster():
+def test_heads_of_128_take_one_kernel():
     def text(H, segment):
         q, k = (jax.ShapeDtypeStruct((1, 256, heads, H), jnp.bfloat16) for heads in (4, 2))
         flash = functools.partial(
@@ -60,8 +62,58 @@ def test_rows_of_one_document_take_one_kernel_where_it_was_faster():
         return str(jax.make_jaxpr(run)(q, k, k))
 
     one = "name=gradients"
-    assert one in text(128, None)
-    assert one not in text(128, documents(256)) and one not in text(64, None)
+    assert one in text(128, None) and one in text(128, documents(256))
+    assert one not in text(64, None)
+
+
+def places(tile, tiles, upward):
+    """Tiles of queries in the order of a block's walk, one head a kv head."""
+    block = fused._Block(None, None, None, None, 1, 128, 128, (0, 0, tile), (tile, tiles), upward)
+    return np.asarray(block.place(jnp.arange(tiles - tile))[1])
+
+
+@pytest.mark.parametrize("tile", [0, 3, 6, 7])
+def test_a_block_walks_over_its_queries_once_either_way(tile):
+    down, up = (places(tile, 8, upward) for upward in (None, True))
+    assert down.tolist() == list(range(7, tile - 1, -1))
+    assert up.tolist() == [*range(tile + 1, 8), tile]  # what is masked comes last
+    np.testing.assert_array_equal(places(tile, 8, False), down)
+
+
+def played(heads, tiles, sms, up):
+    """A device that gives each block that ends the next one: ticks until all have ended, and how
+    many tiles of queries are at work in a tick, in the mean. Adding in turn is waited for.
+    """
+    lanes = fused.heads_at_once(heads, tiles, sms)
+    at = [
+        [w, t, lane] for w in range(heads // lanes) for t in range(tiles) for lane in range(lanes)
+    ]
+    waves, tile, lane = np.asarray(at).T
+    upward = np.asarray(fused.walks_up(waves, tile, tiles, sms)) & up
+    todo = iter(zip(waves * lanes + lane, tile, upward, strict=True))
+    turns, work, seen, ticks = np.zeros((heads, tiles), int), [], 0, 0
+    while True:
+        while len(work) < sms and (block := next(todo, None)):
+            work.append((*block[:2], iter(places(block[1], tiles, block[2]).tolist())))
+            work[-1] = [*work[-1], next(work[-1][2])]
+        if not work:
+            return ticks, seen / ticks
+        seen, ticks = seen + len({(head, here) for head, _, _, here in work}), ticks + 1
+        for block in work:
+            head, own, walk, here = block
+            if turns[head, here] == own:
+                turns[head, here] += 1
+                block[3] = next(walk, None)
+        work = [block for block in work if block[3] is not None]
+
+
+@pytest.mark.parametrize(("heads", "tiles"), [(3, 64), (16, 8)])
+def test_blocks_stay_side_by_side_and_none_waits_for_ever(heads, tiles):
+    sms, work = 33, heads * tiles * (tiles + 1) / 2
+    ticks, apart = played(heads, tiles, sms, True)
+    ticks_down, apart_down = played(heads, tiles, sms, False)
+    assert ticks <= ticks_down <= work / sms + 1
+    assert apart < 0.6 * apart_down
 
 
 @pytest.mark.parametrize("many", [64, 128])
@@ -84,7 +136,7 @@ def test_the_turn_of_a_tile_is_the_number_of_tiles_before_it_that_add(many):
 
 
 @pytest.mark.parametrize(
-    ("H", "changes"), [(64, {}), (128, {}), (128, dict(stages_fused=2, parts_fused=2))]
+    ("H", "changes"), [(64, {}), (128, {}), (128, dict(stages_fused=3, parts_fused=1))]
 )
 def test_one_kernel_fits_a_block_of_hopper(H, changes):
     scratch = fused._scratch(tuning(H, **changes), 64 * 128 // H, H, jnp.bfloat16).values()
@@ -94,9 +146,9 @@ def test_one_kernel_fits_a_block_of_hopper(H, changes):
 
 
 def test_wider_heads_are_refused():
-    assert {sizes.fused for sizes in walking.WIDE.values()} == {"never"}
+    assert {sizes.fused for sizes in walking.WIDE.values()} == {False}
     x = jax.ShapeDtypeStruct((1, 128, 2, 192), jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"64 or 128 wide, not \(192, 192\); fused='never'"):
+    with pytest.raises(ValueError, match=r"64 or 128 wide, not \(192, 192\); fused=False"):
         jax.eval_shape(
             lambda q: jax.vjp(lambda q: gpu.flash_attention(q, q, q, tuning=tuning(128)), q)[1](q),
             x,

@@ -117,7 +117,7 @@ def main() -> None:
         report(f"attention {name}", run, q, k, of(s.values, half), *segments)
     for name, s in FUSED.items():
         q, k = of((s.B, s.T, s.N, s.H), half), of((s.B, s.T, s.K, s.H), half)
-        tuning = dataclasses.replace(tuning_of(s.H, s.H), fused="always")
+        tuning = dataclasses.replace(tuning_of(s.H, s.H), fused=True)
         run = lambda q, k, v, seg, s=s, tuning=tuning: both_ways(  # noqa: E731
             functools.partial(
                 flash_attention, segments_BT=seg if s.packed else None, tuning=tuning

@@ -28,7 +28,7 @@ from glm45_jax.kernels import grouped_matmul_gpu as grouped_gpu
 from glm45_jax.kernels import newton_schulz_gpu as product_gpu
 from glm45_jax.kernels.dispatch import not_hopper
 from glm45_jax.kernels.fp8 import to_fp8
-from glm45_jax.kernels.row_tiles_gpu import lay_tiles, tile_rows
+from glm45_jax.kernels.row_tiles_gpu import ROWS, lay_tiles, tile_rows
 from glm45_jax.kernels.shapes import (
     ATTENTION,
     DECODE,
@@ -77,6 +77,12 @@ def plans() -> tuple[grouped_gpu.Plan, ...]:
     return tuple(grouped_gpu.Plan(*pair, o) for pair in pairs for o in (1, 2, 0))
 
 
+def lone_plans() -> tuple[grouped_gpu.Plan, ...]:
+    """Candidates where half a tile may be one consumer's."""
+    pairs = [(columns, stages[0]) for columns, stages in STAGES.items()]
+    return tuple(grouped_gpu.Plan(*pair, o, lone=True) for pair in pairs for o in (1, 2))
+
+
 def by_matrix(s: GroupedShape, transposed: bool) -> Case:
     """Rows times the matrix of their expert; transposed: the gradient by rows."""
     rows = tile_rows(s.R, s.E)
@@ -85,7 +91,7 @@ def by_matrix(s: GroupedShape, transposed: bool) -> Case:
         "rows_by_matrix",
         {"K": K, "N": N, "rows": rows, "transposed": int(transposed)},
         grouped_gpu.plan_for(N, rows),
-        plans(),
+        plans() + lone_plans() * (rows == ROWS),
         lambda: (normal(1, (s.R, K)), normal(2, (s.E, s.D, s.F)), tiles_of(s)),
         lambda plan: partial(grouped_gpu.rows_by_matrix, transposed=transposed, plan=plan),
     )

@@ -49,12 +49,14 @@ class Plan:
     """How one product is cut.
 
     columns: of a tile. stages: steps loaded ahead. overlap: steps of the next tile that are issued
-    before a tile is stored; 0 stores first.
+    before a tile is stored; 0 stores first. lone: the last rows of a group, where half a tile is
+    enough, are one consumer's, and the other has none; else both have 64, and rows twice.
     """
 
     columns: int = 256
     stages: int = 4
     overlap: int = 1
+    lone: bool = False
 
 
 def refuses(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> str | None:
@@ -168,13 +170,14 @@ def _consume(
 ) -> None:
     """The loop of a consumer over its tiles.
 
-    locate(j) -> (steps, place, context). multiply(acc, slot, k, context) issues the wgmma of one
-    step. store(values, place) writes values of that dtype.
+    locate(j) -> (steps, place, context, how many of the steps this consumer multiplies).
+    multiply(acc, slot, k, context) issues the wgmma of one step. store(values, place) writes values
+    of that dtype.
     """
 
     def tile(j, carry):
         i, before, values = carry
-        steps, place, context = locate(j)
+        steps, place, context, own = locate(j)
 
         def accumulate(acc):
             for k in range(plan.overlap):
@@ -198,11 +201,18 @@ def _consume(
                 else:
                     pl.when(k > 0)(lambda: ring.release(i + k - 1))
 
-            lax.fori_loop(jnp.int32(plan.overlap), steps, step, None)
+            lax.fori_loop(jnp.int32(plan.overlap), own, step, None)
             return acc[...]
 
         acc = pl.run_scoped(accumulate, plgpu.ACC((HALF, plan.columns)))
-        ring.release(i + steps - 1)
+        ring.release(i + own - 1)
+
+        def leave(k, _):
+            ring.wait(i + k)
+            ring.release(i + k)
+
+        if plan.lone:
+            lax.fori_loop(own, steps, leave, None)
         values = acc.astype(dtype)
         if not plan.overlap:
             store(values, place)
@@ -246,7 +256,8 @@ def rows_by_matrix(
     part = plan.columns // (3 - halves)  # columns of a consumer
     k_steps, n_tiles = pl.cdiv(K, STEP), pl.cdiv(N, plan.columns)
     plan = dataclasses.replace(plan, overlap=min(plan.overlap, k_steps))
-    least, grid = max(1, plan.overlap), Grid(interpret)
+    least, grid, lone = max(1, plan.overlap), Grid(interpret), plan.lone and halves == 2
+    plan = dataclasses.replace(plan, lone=lone)
     last = tiles.next_P.shape[0] - 1
 
     def body(x, w, expert_P, start_P, end_P, first_P, next_P, y, *, lhs, rhs, out, full, empty):
@@ -262,18 +273,29 @@ def rows_by_matrix(
             expert, start, end, first = expert_P[p], start_P[p], end_P[p], first_P[p]
             count, within = next_P[p] - first, t - first * n_tiles
             row = start + lax.rem(within, count) * tiles.rows  # rows fastest: they share the matrix
-            row = jnp.maximum(jnp.minimum(row, end - tiles.rows), start)
+            rows = jnp.int32(tiles.rows)
+            if lone:
+                rows = jnp.where(end - row <= HALF, jnp.int32(HALF), rows)
+            row = jnp.maximum(jnp.minimum(row, end - rows), start)
             column, past = lax.div(within, count) * plan.columns, expert == E
             place = Place(row, column, end - row, past, jnp.minimum(expert, E - 1))
             steps = jnp.where(past, jnp.int32(least), jnp.int32(k_steps))
-            return steps, place, None
+            return steps, place, None, steps
+
+        def share(j):
+            """Of a consumer: of a lone half tile the second multiplies what it must."""
+            steps, place, context, own = locate(j)
+            if lone:
+                none = (wg == 1) & (place.rows <= HALF)
+                own = jnp.where(none, jnp.int32(least), own)
+            return steps, place, context, own
 
         @pl.when(wg == PRODUCER)
         def _():
             plgpu.set_max_registers(40, action="decrease")
 
             def tile(j, i):
-                steps, place, _ = locate(j)
+                steps, place, *_ = locate(j)
 
                 def load(k, i):
                     slot = ring.claim(i)
@@ -305,7 +327,7 @@ def rows_by_matrix(
                 store_rows(values, own, out_blocks, out_bytes, y)
 
             own = dataclasses.replace(plan, columns=part)
-            _consume(own, dtype, ring, mine, locate, multiply, store)
+            _consume(own, dtype, ring, mine, share, multiply, store)
 
     rhs = (part, STEP) if transposed else (STEP, part)
     out = jax.ShapeDtypeStruct((R, N), dtype)
@@ -384,14 +406,14 @@ def rows_by_rows(
             steps = jnp.maximum(lax.div(end - base + (STEP - 1), STEP), least)
             d, f = lax.rem(within, d_tiles), lax.div(within, d_tiles)
             place = Place(d * ROWS, f * plan.columns, D - d * ROWS, expert < 0, expert)
-            return steps, place, _GroupContext(base, start, end, end_E[E - 1])
+            return steps, place, _GroupContext(base, start, end, end_E[E - 1]), steps
 
         @pl.when(wg == PRODUCER)
         def _():
             plgpu.set_max_registers(40, action="decrease")
 
             def tile(j, i):
-                steps, place, context = locate(j)
+                steps, place, context, _ = locate(j)
                 columns = pl.ds(pl.multiple_of(place.column, plan.columns), plan.columns)
 
                 def load(k, i):

@@ -5,6 +5,7 @@ The Pallas kernel for Hopper runs here in an interpreter and is lowered for CUDA
 real. The one for TPU runs in an interpreter, and test_grouped_matmul_tpu.py compiles it.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -172,6 +173,24 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_in_the_interpreter(sizes, r
     assert_rounded_once((out, *pull(g)), exact)
 
 
+def lone(monkeypatch):
+    """The last rows of a group are one consumer's alone."""
+    plan_for = gpu.plan_for
+    monkeypatch.setattr(
+        gpu, "plan_for", lambda *args: dataclasses.replace(plan_for(*args), lone=True)
+    )
+
+
+@pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
+def test_half_a_tile_may_be_one_consumers_in_the_interpreter(sizes, monkeypatch):
+    lone(monkeypatch)
+    monkeypatch.setattr(gpu, "tile_rows", lambda n_rows, groups: gpu.ROWS)
+    (x, w, sizes, g), exact = draw_half(sizes, D=192, F=64)
+    run = functools.partial(gpu.grouped_matmul, interpret=plgpu.InterpretGPUParams())
+    out, pull = jax.vjp(lambda x, w: run(x, w, sizes), x, w)
+    assert_rounded_once((out, *pull(g)), exact)
+
+
 @pytest.mark.parametrize("M, I, O", [(1, 1024, 192), (72, 512, 256)])
 def test_few_rows_and_one_matrix_are_a_product_in_the_interpreter(M, I, O):
     (x, w, *_), (exact, *_) = draw_half([M], I, O, R=M)
@@ -321,8 +340,12 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_on_a_gpu(sizes):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("D, F, E", [(512, 256, 32), (1408, 4096, 16), (128, 128, 3)])
-def test_the_mosaic_kernel_equals_a_loop_over_groups_at_model_widths(D, F, E):
+def test_the_mosaic_kernel_equals_a_loop_over_groups_at_model_widths(D, F, E, alone, monkeypatch):
+    if alone:
+        lone(monkeypatch)
+        jax.clear_caches()  # products of these shapes by the other plan
     sizes = np.random.default_rng(D).multinomial(
         4000, np.random.default_rng(F).dirichlet(np.ones(E))
     )

@@ -91,7 +91,7 @@ def by_matrix(s: GroupedShape, transposed: bool) -> Case:
         "rows_by_matrix",
         {"K": K, "N": N, "rows": rows, "transposed": int(transposed)},
         grouped_gpu.plan_for(N, rows),
-        plans() + lone_plans() * (rows == ROWS),
+        (*plans(), *(lone_plans() if rows == ROWS else ())),
         lambda: (normal(1, (s.R, K)), normal(2, (s.E, s.D, s.F)), tiles_of(s)),
         lambda plan: partial(grouped_gpu.rows_by_matrix, transposed=transposed, plan=plan),
     )

@@ -166,18 +166,26 @@ def _scratch(
 
 
 def _consume(
-    plan: Plan, dtype: Any, ring: Ring, n_tiles: Any, locate: Any, multiply: Any, store: Any
+    plan: Plan,
+    dtype: Any,
+    ring: Ring,
+    n_tiles: Any,
+    locate: Any,
+    multiply: Any,
+    store: Any,
+    share: Any = None,
 ) -> None:
     """The loop of a consumer over its tiles.
 
-    locate(j) -> (steps, place, context, how many of the steps this consumer multiplies).
-    multiply(acc, slot, k, context) issues the wgmma of one step. store(values, place) writes values
-    of that dtype.
+    locate(j) -> (steps, place, context). multiply(acc, slot, k, context) issues the wgmma of one
+    step. store(values, place) writes values of that dtype. share(steps, place) -> how many of them
+    this consumer multiplies, where that may be fewer.
     """
 
     def tile(j, carry):
         i, before, values = carry
-        steps, place, context, own = locate(j)
+        steps, place, context = locate(j)
+        own = share(steps, place) if share else steps
 
         def accumulate(acc):
             for k in range(plan.overlap):
@@ -211,7 +219,7 @@ def _consume(
             ring.wait(i + k)
             ring.release(i + k)
 
-        if plan.lone:
+        if share:
             lax.fori_loop(own, steps, leave, None)
         values = acc.astype(dtype)
         if not plan.overlap:
@@ -257,7 +265,6 @@ def rows_by_matrix(
     k_steps, n_tiles = pl.cdiv(K, STEP), pl.cdiv(N, plan.columns)
     plan = dataclasses.replace(plan, overlap=min(plan.overlap, k_steps))
     least, grid, lone = max(1, plan.overlap), Grid(interpret), plan.lone and halves == 2
-    plan = dataclasses.replace(plan, lone=lone)
     last = tiles.next_P.shape[0] - 1
 
     def body(x, w, expert_P, start_P, end_P, first_P, next_P, y, *, lhs, rhs, out, full, empty):
@@ -280,22 +287,19 @@ def rows_by_matrix(
             column, past = lax.div(within, count) * plan.columns, expert == E
             place = Place(row, column, end - row, past, jnp.minimum(expert, E - 1))
             steps = jnp.where(past, jnp.int32(least), jnp.int32(k_steps))
-            return steps, place, None, steps
+            return steps, place, None
 
-        def share(j):
-            """Of a consumer: of a lone half tile the second multiplies what it must."""
-            steps, place, context, own = locate(j)
-            if lone:
-                none = (wg == 1) & (place.rows <= HALF)
-                own = jnp.where(none, jnp.int32(least), own)
-            return steps, place, context, own
+        def share(steps, place):
+            """The second consumer has no rows of half a tile: it multiplies what it must."""
+            none = (wg == 1) & (place.rows <= HALF)
+            return jnp.where(none, jnp.int32(least), steps)
 
         @pl.when(wg == PRODUCER)
         def _():
             plgpu.set_max_registers(40, action="decrease")
 
             def tile(j, i):
-                steps, place, *_ = locate(j)
+                steps, place, _ = locate(j)
 
                 def load(k, i):
                     slot = ring.claim(i)
@@ -327,7 +331,7 @@ def rows_by_matrix(
                 store_rows(values, own, out_blocks, out_bytes, y)
 
             own = dataclasses.replace(plan, columns=part)
-            _consume(own, dtype, ring, mine, share, multiply, store)
+            _consume(own, dtype, ring, mine, locate, multiply, store, share if lone else None)
 
     rhs = (part, STEP) if transposed else (STEP, part)
     out = jax.ShapeDtypeStruct((R, N), dtype)
@@ -406,14 +410,14 @@ def rows_by_rows(
             steps = jnp.maximum(lax.div(end - base + (STEP - 1), STEP), least)
             d, f = lax.rem(within, d_tiles), lax.div(within, d_tiles)
             place = Place(d * ROWS, f * plan.columns, D - d * ROWS, expert < 0, expert)
-            return steps, place, _GroupContext(base, start, end, end_E[E - 1]), steps
+            return steps, place, _GroupContext(base, start, end, end_E[E - 1])
 
         @pl.when(wg == PRODUCER)
         def _():
             plgpu.set_max_registers(40, action="decrease")
 
             def tile(j, i):
-                steps, place, context, _ = locate(j)
+                steps, place, context = locate(j)
                 columns = pl.ds(pl.multiple_of(place.column, plan.columns), plan.columns)
 
                 def load(k, i):

@@ -315,7 +315,8 @@ class Pool:
         return (self.rules.staleness + version + 1) * self.rules.groups - rows.scalar(db, busy)
 
     def _drop_stale(self, db: sqlite3.Connection, version: int) -> None:
-        rows.drop_stale(db, version - self.rules.staleness, self.rules.masked)
+        for at in rows.drop_stale(db, version - self.rules.staleness, self.rules.masked):
+            self._near.pop(at, None)
 
     def _sample(self, db: sqlite3.Connection, place: int, sample: int) -> Trajectory:
         """What the ledger has; read back only where this is not its writer's memory."""

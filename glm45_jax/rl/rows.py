@@ -97,8 +97,10 @@ def settle(db: Connection, place: int, state: str, why: str) -> None:
     )
 
 
-def drop_stale(db: Connection, oldest: int, masked: bool) -> None:
-    """Drops samples of weights before `oldest`, and counts them; their prompts wait again."""
+def drop_stale(db: Connection, oldest: int, masked: bool) -> list[tuple[int, int]]:
+    """Drops samples of weights before `oldest`, and counts them; their prompts wait again. Returns
+    place and sample of each.
+    """
     stale = db.execute(
         "SELECT p.place, s.sample, p.state FROM prompts AS p JOIN samples AS s ON p.place = s.place"
         f" WHERE p.state IN ('ready', 'begun') AND s.{'newest' if masked else 'oldest'} < ?",
@@ -110,6 +112,7 @@ def drop_stale(db: Connection, oldest: int, masked: bool) -> None:
         _wait_again(db, "place = ?", place)
     count(db, "stale_samples", len(stale))
     count(db, "stale_groups", len({place for place, _, state in stale if state == "ready"}))
+    return [(place, sample) for place, sample, _ in stale]
 
 
 def write_sample(db: Connection, place: int, sample: int, one: Trajectory) -> int:

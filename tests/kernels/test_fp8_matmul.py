@@ -224,7 +224,7 @@ def test_the_mosaic_kernel_is_the_definition_in_the_interpreter(rows, splits):
         assert_rounded_once(y, exact)
 
 
-@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("rows", [64, 128, 192])
 @pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
 def test_the_grouped_mosaic_kernel_is_the_definition_in_the_interpreter(sizes, rows):
     # Not shown here but by the gpu tests: two views of the same bytes, TMA past an edge.
@@ -235,9 +235,9 @@ def test_the_grouped_mosaic_kernel_is_the_definition_in_the_interpreter(sizes, r
 
 
 @settings(max_examples=12)
-@given(st.integers(1, 5000), st.sampled_from([64, 128]))
+@given(st.integers(1, 5000), st.sampled_from([64, 128, 192]))
 def test_bands_are_the_tiles_of_groups_of_their_rows(n_rows, rows):
-    bands = gpu.lay_bands(n_rows, band=gpu.Plan().band, rows=rows)
+    bands = gpu.lay_bands(n_rows, band=gpu.plan_for(rows).band, rows=rows)
     tiles = gpu.lay_tiles(jnp.asarray(bands.rows_E), n_rows=n_rows, rows=rows)
     total = int(tiles.next_P[-1])
     assert len(bands.next_P) == bands.next_P[-1] == total

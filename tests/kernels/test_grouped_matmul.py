@@ -37,6 +37,9 @@ RAGGED = {
 }
 
 
+WIDTHS = [(512, 256, 32), (1408, 4096, 16), (128, 128, 3)]  # D, F, E
+
+
 def draw(shape, seed=0):
     rng = np.random.default_rng(seed)
     busy = int(shape.R * shape.skew)
@@ -173,22 +176,19 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_in_the_interpreter(sizes, r
     assert_rounded_once((out, *pull(g)), exact)
 
 
-def lone(monkeypatch):
-    """The last rows of a group are one consumer's alone."""
-    plan_for = gpu.plan_for
-    monkeypatch.setattr(
-        gpu, "plan_for", lambda *args: dataclasses.replace(plan_for(*args), lone=True)
-    )
+def by_lone_tiles(x, w, sizes, g, interpret=None):
+    """Forward and dlhs, where the last rows of a group may be one consumer's."""
+    D, F = w.shape[1:]
+    tiles = gpu.lay_tiles(sizes, n_rows=len(x), rows=gpu.ROWS)
+    plans = (dataclasses.replace(gpu.plan_for(n), lone=True) for n in (F, D))
+    y, dx = (functools.partial(gpu.rows_by_matrix, plan=p, interpret=interpret) for p in plans)
+    return y(x, w, tiles), dx(g, w, tiles, transposed=True)
 
 
 @pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
-def test_half_a_tile_may_be_one_consumers_in_the_interpreter(sizes, monkeypatch):
-    lone(monkeypatch)
-    monkeypatch.setattr(gpu, "tile_rows", lambda n_rows, groups: gpu.ROWS)
-    (x, w, sizes, g), exact = draw_half(sizes, D=192, F=64)
-    run = functools.partial(gpu.grouped_matmul, interpret=plgpu.InterpretGPUParams())
-    out, pull = jax.vjp(lambda x, w: run(x, w, sizes), x, w)
-    assert_rounded_once((out, *pull(g)), exact)
+def test_half_a_tile_may_be_one_consumers_in_the_interpreter(sizes):
+    args, exact = draw_half(sizes, D=192, F=64)
+    assert_rounded_once(by_lone_tiles(*args, plgpu.InterpretGPUParams()), exact[:2])
 
 
 @pytest.mark.parametrize("M, I, O", [(1, 1024, 192), (72, 512, 256)])
@@ -339,21 +339,32 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_on_a_gpu(sizes):
     assert_rounded_once((out, dx, dw), exact)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("alone", [False, True])
-@pytest.mark.parametrize("D, F, E", [(512, 256, 32), (1408, 4096, 16), (128, 128, 3)])
-def test_the_mosaic_kernel_equals_a_loop_over_groups_at_model_widths(D, F, E, alone, monkeypatch):
-    if alone:
-        lone(monkeypatch)
-        jax.clear_caches()  # products of these shapes by the other plan
-    sizes = np.random.default_rng(D).multinomial(
-        4000, np.random.default_rng(F).dirichlet(np.ones(E))
-    )
-    (x, w, sizes, g), exact = draw_half(sizes, D, F, R=4096)
-    out, (dx, dw) = both_ways(x, w, sizes, g, "mosaic")
-    for ours, right in zip((out, dx, dw), exact, strict=True):
-        error = np.linalg.norm(np.asarray(ours, np.float64) - right)
+def draw_widths(D, F, E):
+    """`draw_half` at the widths of a model."""
+    shares = np.random.default_rng(F).dirichlet(np.ones(E))
+    return draw_half(np.random.default_rng(D).multinomial(4000, shares), D, F, R=4096)
+
+
+def assert_near(ours, exact):
+    """Relative to the norm, within one rounding to bfloat16."""
+    for a, right in zip(ours, exact, strict=True):
+        error = np.linalg.norm(np.asarray(a, np.float64) - right)
         assert error / np.linalg.norm(right) < 2**-8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D, F, E", WIDTHS)
+def test_the_mosaic_kernel_equals_a_loop_over_groups_at_model_widths(D, F, E):
+    args, exact = draw_widths(D, F, E)
+    out, (dx, dw) = both_ways(*args, "mosaic")
+    assert_near((out, dx, dw), exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D, F, E", WIDTHS)
+def test_half_a_tile_may_be_one_consumers_at_model_widths(D, F, E):
+    args, exact = draw_widths(D, F, E)
+    assert_near(by_lone_tiles(*args), exact[:2])
 
 
 @pytest.mark.gpu

@@ -1,9 +1,11 @@
 """Laws of the pool: nothing is leased twice, nothing stale is trained, batches are in the order of
 the queue, and nothing is dropped without being counted."""
 
+import gc
 import random
 import tempfile
 import threading
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -174,6 +176,20 @@ def test_stale_samples_are_dropped_counted_and_drawn_anew(tmp_path):
         assert (counts["stale_samples"], counts["stale_groups"]) == (4, 2)
         assert finish(pool, 2, version=2) == ["sums/0", "sums/1"]
         assert all((one.versions_T[1:] == 2).all() for one in pool.take(0, version=2))
+
+
+def test_what_was_dropped_as_stale_or_taken_is_not_held_in_memory(tmp_path):
+    with opened(tmp_path, n=1, groups=1, staleness=1) as pool:
+        for version in (0, 2):
+            (lease,) = pool.lease(1, version=version)
+            mine = [drawn("sums/0", j, TOKENS, version=version) for j in range(SAMPLES)]
+            pool.commit(lease, mine)
+            held = [weakref.ref(one) for one in mine]
+            del mine
+            assert all(one() is not None for one in held)
+            assert bool(pool.take(0, version=2)) == (version == 2)
+            gc.collect()
+            assert all(one() is None for one in held)
 
 
 def test_only_the_stale_samples_of_a_group_are_drawn_anew(tmp_path):

@@ -28,7 +28,7 @@ from glm45_jax.kernels import grouped_matmul_gpu as grouped_gpu
 from glm45_jax.kernels import newton_schulz_gpu as product_gpu
 from glm45_jax.kernels.dispatch import not_hopper
 from glm45_jax.kernels.fp8 import to_fp8
-from glm45_jax.kernels.row_tiles_gpu import ROWS, lay_tiles, tile_rows
+from glm45_jax.kernels.row_tiles_gpu import lay_tiles, tile_rows
 from glm45_jax.kernels.shapes import (
     ATTENTION,
     DECODE,
@@ -44,7 +44,8 @@ GAIN = 0.98  # of the time of the kernel's own sizes, or less
 TOLERANCE = 2e-2  # of the largest number: other sizes sum in another order, and round
 OWN = "own"
 HALF = jnp.bfloat16
-STAGES = {128: (6, 5, 4), 256: (4, 3)}  # by the columns of a tile: as many as fit, and fewer
+STAGES = {128: (6, 5), 256: (4, 3)}  # by the columns of a tile: as many as fit, and fewer
+OVERLAPS = {128: (1, 2, 4), 256: (1, 4, 8)}  # by the columns: steps over which a tile is stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,12 @@ def tiles_of(s: GroupedShape) -> Any:
 
 def plans() -> tuple[grouped_gpu.Plan, ...]:
     """Candidates of both grouped products."""
-    pairs = [(columns, n) for columns, stages in STAGES.items() for n in stages]
-    return tuple(grouped_gpu.Plan(*pair, o) for pair in pairs for o in (1, 2, 0))
+    return tuple(grouped_gpu.Plan(*sizes) for sizes in cuts())
 
 
-def lone_plans() -> tuple[grouped_gpu.Plan, ...]:
-    """Candidates where half a tile may be one consumer's."""
-    pairs = [(columns, stages[0]) for columns, stages in STAGES.items()]
-    return tuple(grouped_gpu.Plan(*pair, o, lone=True) for pair in pairs for o in (1, 2))
+def cuts() -> list[tuple[int, int, int]]:
+    """Columns, stages and overlap of tiles."""
+    return [(c, n, o) for c, stages in STAGES.items() for n in stages for o in OVERLAPS[c]]
 
 
 def by_matrix(s: GroupedShape, transposed: bool) -> Case:
@@ -91,7 +90,7 @@ def by_matrix(s: GroupedShape, transposed: bool) -> Case:
         "rows_by_matrix",
         {"K": K, "N": N, "rows": rows, "transposed": int(transposed)},
         grouped_gpu.plan_for(N, rows),
-        (*plans(), *(lone_plans() if rows == ROWS else ())),
+        plans(),
         lambda: (normal(1, (s.R, K)), normal(2, (s.E, s.D, s.F)), tiles_of(s)),
         lambda plan: partial(grouped_gpu.rows_by_matrix, transposed=transposed, plan=plan),
     )
@@ -136,7 +135,7 @@ def product(s: MatricesShape, what: str) -> Case:
         "product",
         {"B": s.B, "m": m, "n": n, "k": k, "symmetric": int(symmetric)},
         product_gpu.plan_for(s.B, m, n, symmetric=symmetric),
-        tuple(product_gpu.Plan(c, n) for c, stages in STAGES.items() for n in stages),
+        tuple(product_gpu.Plan(*sizes) for sizes in cuts()),
         inputs,
         lambda plan: partial(product_gpu.product, **kwargs, plan=plan),
     )

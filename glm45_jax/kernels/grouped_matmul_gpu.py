@@ -2,9 +2,9 @@
 tiles.
 
 Types to know: `Plan`, and `Tiles` of row_tiles_gpu.py. Persistent CTAs of two consumer warpgroups
-and one producer; a consumer stores a tile while the tensor cores run the first steps of its next
-one. Few rows a group, as in decoding, lie in tiles of 64, whose columns the consumers share: then
-the matrices stream past and nothing else counts. Numbers: docs/log.md.
+and one producer; a consumer stores a tile, chunk by chunk, while the tensor cores run the first
+steps of its next one. Few rows a group, as in decoding, lie in tiles of 64, whose columns the
+consumers share: then the matrices stream past and nothing else counts. Numbers: docs/log.md.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from glm45_jax.kernels.row_tiles_gpu import (
     Place,
     Ring,
     Tiles,
+    consume,
     lay_bands,
     lay_tiles,
     load_rows,
@@ -48,15 +49,13 @@ STEP = 64  # of the contracted dimension: 128 bytes, one swizzle atom
 class Plan:
     """How one product is cut.
 
-    columns: of a tile. stages: steps loaded ahead. overlap: steps of the next tile that are issued
-    before a tile is stored; 0 stores first. lone: the last rows of a group, where half a tile is
-    enough, are one consumer's, and the other has none; else both have 64, and rows twice.
+    columns: of a tile. stages: steps loaded ahead. overlap: first steps of the next tile over which
+    the chunks of a tile are stored, some after each step is issued; 0 stores first.
     """
 
     columns: int = 256
     stages: int = 4
-    overlap: int = 1
-    lone: bool = False
+    overlap: int = 4
 
 
 def refuses(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> str | None:
@@ -108,7 +107,7 @@ def few_rows(
     """
     (M, I), O = x_MI.shape, w_IO.shape[1]
     rows = HALF if M <= HALF else ROWS
-    plan = Plan(128, 8 if rows == HALF else 6)
+    plan = plan_for(128, rows)
     n_tiles, steps = pl.cdiv(M, rows) * pl.cdiv(O, plan.columns), I // STEP
     fitting = (s for s in range(1, steps // 4 + 1) if steps % s == 0 and s * n_tiles <= CTAS)
     S = max(fitting, default=1)
@@ -144,11 +143,12 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 def plan_for(columns: int, rows: int = ROWS) -> Plan:
     """256 columns a tile where there are more than 128: 48 KB a stage, four of them fit. With half
-    the rows 128: more tiles, which fill the last round of the CTAs, and 24 KB a stage.
+    the rows 128: more tiles, which fill the last round of the CTAs, and 24 KB a stage. As many
+    steps to store over as a consumer has chunks of 64 columns.
     """
     if rows == HALF:
-        return Plan(128, 8)
-    return Plan(256, 4) if columns > 128 else Plan(128, 6)
+        return Plan(128, 8, 1)
+    return Plan(256, 4, 4) if columns > 128 else Plan(128, 6, 2)
 
 
 def _scratch(
@@ -165,78 +165,11 @@ def _scratch(
     }
 
 
-def _consume(
-    plan: Plan,
-    dtype: Any,
-    ring: Ring,
-    n_tiles: Any,
-    locate: Any,
-    multiply: Any,
-    store: Any,
-    share: Any = None,
-) -> None:
-    """The loop of a consumer over its tiles.
-
-    locate(j) -> (steps, place, context). multiply(acc, slot, k, context) issues the wgmma of one
-    step. store(values, place) writes values of that dtype. share(steps, place) -> how many of them
-    this consumer multiplies, where that may be fewer.
-    """
-
-    def tile(j, carry):
-        i, before, values = carry
-        steps, place, context = locate(j)
-        own = share(steps, place) if share else steps
-
-        def accumulate(acc):
-            for k in range(plan.overlap):
-                multiply(acc, ring.wait(i + k), jnp.int32(k), context)
-            if plan.overlap:
-
-                @pl.when(j > 0)
-                def _():
-                    store(values, before)
-
-            for k in range(plan.overlap - 1):
-                if k == 0:
-                    plgpu.wgmma_wait(1)
-                ring.release(i + k)
-
-            def step(k, _):
-                multiply(acc, ring.wait(i + k), k, context)
-                plgpu.wgmma_wait(1)
-                if plan.overlap:
-                    ring.release(i + k - 1)
-                else:
-                    pl.when(k > 0)(lambda: ring.release(i + k - 1))
-
-            lax.fori_loop(jnp.int32(plan.overlap), own, step, None)
-            return acc[...]
-
-        acc = pl.run_scoped(accumulate, plgpu.ACC((HALF, plan.columns)))
-        ring.release(i + own - 1)
-
-        def leave(k, _):
-            ring.wait(i + k)
-            ring.release(i + k)
-
-        if share:
-            lax.fori_loop(own, steps, leave, None)
-        values = acc.astype(dtype)
-        if not plan.overlap:
-            store(values, place)
-        return i + steps, place, values
-
-    nothing = plgpu.layout_cast(jnp.zeros((HALF, plan.columns), dtype), plgpu.Layout.WGMMA)
+def _cut(columns: int, overlap: int, dtype: Any) -> dict[str, Any]:
+    """Keywords of `consume`, whose places say where zeros go."""
     zero = jnp.int32(0)
-    start = zero, Place(zero, zero, zero, zero > 0, zero), nothing
-    _, place, values = lax.fori_loop(zero, n_tiles, tile, start)
-    if plan.overlap:
-
-        @pl.when(n_tiles > 0)
-        def _():
-            store(values, place)
-
-    plgpu.wait_smem_to_gmem(0)
+    nowhere = Place(zero, zero, zero, zero > 0, zero)
+    return {"columns": columns, "overlap": overlap, "dtype": dtype, "nowhere": nowhere}
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype", "plan", "interpret"))
@@ -264,7 +197,7 @@ def rows_by_matrix(
     part = plan.columns // (3 - halves)  # columns of a consumer
     k_steps, n_tiles = pl.cdiv(K, STEP), pl.cdiv(N, plan.columns)
     plan = dataclasses.replace(plan, overlap=min(plan.overlap, k_steps))
-    least, grid, lone = max(1, plan.overlap), Grid(interpret), plan.lone and halves == 2
+    least, grid = max(1, plan.overlap), Grid(interpret)
     last = tiles.next_P.shape[0] - 1
 
     def body(x, w, expert_P, start_P, end_P, first_P, next_P, y, *, lhs, rhs, out, full, empty):
@@ -280,19 +213,11 @@ def rows_by_matrix(
             expert, start, end, first = expert_P[p], start_P[p], end_P[p], first_P[p]
             count, within = next_P[p] - first, t - first * n_tiles
             row = start + lax.rem(within, count) * tiles.rows  # rows fastest: they share the matrix
-            rows = jnp.int32(tiles.rows)
-            if lone:
-                rows = jnp.where(end - row <= HALF, jnp.int32(HALF), rows)
-            row = jnp.maximum(jnp.minimum(row, end - rows), start)
+            row = jnp.maximum(jnp.minimum(row, end - tiles.rows), start)
             column, past = lax.div(within, count) * plan.columns, expert == E
             place = Place(row, column, end - row, past, jnp.minimum(expert, E - 1))
             steps = jnp.where(past, jnp.int32(least), jnp.int32(k_steps))
             return steps, place, None
-
-        def share(steps, place):
-            """The second consumer has no rows of half a tile: it multiplies what it must."""
-            none = (wg == 1) & (place.rows <= HALF)
-            return jnp.where(none, jnp.int32(least), steps)
 
         @pl.when(wg == PRODUCER)
         def _():
@@ -326,12 +251,12 @@ def rows_by_matrix(
                 b = rhs.at[slot if halves == 2 else slot * 2 + wg]
                 plgpu.wgmma(acc, a, b.transpose((1, 0)) if transposed else b)
 
-            def store(values, place):
+            def store(values, place, *part_of):
                 own = place.lower(wg) if halves == 2 else place.right(wg, part)
-                store_rows(values, own, out_blocks, out_bytes, y)
+                store_rows(values, own, out_blocks, out_bytes, y, part_of=part_of)
 
-            own = dataclasses.replace(plan, columns=part)
-            _consume(own, dtype, ring, mine, locate, multiply, store, share if lone else None)
+            cut = _cut(part, plan.overlap, dtype)
+            consume(ring, mine, locate, multiply, store, **cut)
 
     rhs = (part, STEP) if transposed else (STEP, part)
     out = jax.ShapeDtypeStruct((R, N), dtype)
@@ -391,6 +316,9 @@ def rows_by_rows(
     """
     D, F, E = x_RD.shape[1], g_RF.shape[1], tiles.rows_E.shape[0]
     plan = plan or tuned("rows_by_rows", plan_for(F), D=D, F=F)
+    # No group has fewer steps than a tile is stored over: short ones would multiply zeros.
+    overlap = min(plan.overlap, max(1, x_RD.shape[0] // (E * STEP)))
+    plan = dataclasses.replace(plan, overlap=overlap)
     d_tiles, f_tiles = pl.cdiv(D, ROWS), pl.cdiv(F, plan.columns)
     least, grid = max(1, plan.overlap), Grid(interpret)
 
@@ -445,10 +373,11 @@ def rows_by_rows(
                 context.mask(rhs.at[slot], k, rhs=True)
                 plgpu.wgmma(acc, a.transpose((1, 0)), rhs.at[slot])
 
-            def store(values, place):
-                store_rows(values, place.lower(wg), out_blocks, out_bytes, dw)
+            def store(values, place, *part_of):
+                store_rows(values, place.lower(wg), out_blocks, out_bytes, dw, part_of=part_of)
 
-            _consume(plan, dw.dtype, ring, mine, locate, multiply, store)
+            cut = _cut(plan.columns, plan.overlap, dw.dtype)
+            consume(ring, mine, locate, multiply, store, **cut)
 
     out = jax.ShapeDtypeStruct((E, D, F), x_RD.dtype)
     scratch = _scratch(plan, (STEP, plan.columns), 2, x_RD.dtype, interpret)

@@ -18,7 +18,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from glm45_jax.kernels.row_tiles_gpu import CTAS, HALF, PRODUCER, ROWS, Grid, Ring, tiling
+from glm45_jax.kernels.row_tiles_gpu import (
+    CTAS,
+    HALF,
+    PRODUCER,
+    ROWS,
+    Grid,
+    Place,
+    Ring,
+    chunks,
+    consume,
+    tiling,
+)
 from glm45_jax.kernels.tuning import tuned
 
 STEP = 64  # of the contracted dimension: 128 bytes, one swizzle atom
@@ -29,10 +40,13 @@ NARROW = 0.57  # time of a tile of 128 columns, of one of 256 (H100: 560 TFLOP/s
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """columns: of a tile, 128 or 256. stages: steps loaded ahead."""
+    """columns: of a tile, 128 or 256. stages: steps loaded ahead. overlap: first steps of the next
+    tile over which a tile is stored.
+    """
 
     columns: int = 256
     stages: int = 4
+    overlap: int = 4
 
 
 def refuses(m: int, n: int) -> str | None:
@@ -72,7 +86,7 @@ def plan_for(count: int, m: int, n: int, *, symmetric: bool) -> Plan:
         return -(-count * lay_tiles(m, n, columns, symmetric=symmetric).shape[1] // CTAS)
 
     narrow = n <= 128 or rounds(128) * NARROW < rounds(256)
-    return Plan(128, 6) if narrow else Plan(256, 4)
+    return Plan(128, 6, 2) if narrow else Plan(256, 4, 4)
 
 
 @functools.partial(
@@ -153,8 +167,8 @@ def product(
         def _():
             plgpu.set_max_registers(232, action="increase")
 
-            def multiply(acc, slot, s, row, amount):
-                block = a.at[slot * 2 + wg]
+            def multiply(acc, slot, s, context):
+                block, (row, amount) = a.at[slot * 2 + wg], context
                 if shifted:
                     pl.when(s * STEP == row)(functools.partial(_add_diagonal, block, amount))
                 part = b.at[slot]
@@ -164,43 +178,34 @@ def product(
                     part.transpose((1, 0)) if rhs_t else part,
                 )
 
-            def store(values, place):
-                _store(values, place, out, out_ref, symmetric=symmetric)
-
-            def tile(j, carry):
-                i, before, values = carry
+            def find(j):
                 matrix, row, column = locate(j)
-                own = row + wg * HALF
-                amount = shift[matrix] if shifted else None
+                place = Place(row + wg * HALF, column, None, None, matrix)
+                return steps, place, (place.row, shift[matrix] if shifted else None)
 
-                def accumulate(acc):
-                    multiply(acc, ring.wait(i), jnp.int32(0), own, amount)
-
-                    pl.when(j > 0)(functools.partial(store, values, before))
-
-                    def step(s, _):
-                        multiply(acc, ring.wait(i + s), s, own, amount)
-                        plgpu.wgmma_wait(1)
-                        ring.release(i + s - 1)
-
-                    lax.fori_loop(jnp.int32(1), steps, step, None)
-                    return acc[...]
-
-                sums = pl.run_scoped(accumulate, plgpu.ACC((HALF, columns)))
-                ring.release(i + steps - 1)
-                sums = sums * scale[matrix]
+            def finish(sums, place, _):
+                sums = sums * scale[place.matrix]
                 if diagonal:
-                    sums = jnp.where(_on_diagonal(sums.shape, own - column), sums + diagonal, sums)
-                return i + steps, (matrix, own, column), sums.astype(dtype)
+                    on = _on_diagonal(sums.shape, place.row - place.column)
+                    sums = jnp.where(on, sums + diagonal, sums)
+                return sums.astype(dtype)
 
-            nothing = jnp.zeros((HALF, columns), dtype)
-            nothing = plgpu.layout_cast(nothing, plgpu.Layout.WGMMA)
+            def store(values, place, *part_of):
+                _store(values, place, out, out_ref, chunks(columns // HALF, *part_of), symmetric)
+
             zero = jnp.int32(0)
-            start = zero, (zero, zero, zero), nothing
-            _, place, values = lax.fori_loop(zero, mine, tile, start)
-
-            pl.when(mine > 0)(functools.partial(store, values, place))
-            plgpu.wait_smem_to_gmem(0)
+            consume(
+                ring,
+                mine,
+                find,
+                multiply,
+                store,
+                columns=columns,
+                overlap=min(plan.overlap, k_steps),
+                dtype=dtype,
+                nowhere=Place(zero, zero, None, None, zero),
+                finish=finish,
+            )
 
     half = lhs.dtype
     scratch = {
@@ -232,11 +237,13 @@ def _add_diagonal(block: Any, amount: Any) -> None:
     plgpu.commit_smem()
 
 
-def _store(values: Any, place: Any, blocks: Any, target: Any, *, symmetric: bool) -> None:
-    """Writes a consumer's 64 rows in blocks of 64 columns by TMA; of a symmetric result those
-    from the diagonal on, and beyond it their transposes as well.
+def _store(
+    values: Any, place: Place, blocks: Any, target: Any, which: range, symmetric: bool
+) -> None:
+    """Writes these of a consumer's blocks of 64 columns by TMA; of a symmetric result those from
+    the diagonal on, and beyond it their transposes as well.
     """
-    wg, (matrix, row, column) = lax.axis_index("wg"), place
+    wg, row, column = lax.axis_index("wg"), place.row, place.column
     m, n = target.shape[1:]
 
     def put(value, slot, down, right, wanted, *, transposed):
@@ -252,12 +259,12 @@ def _store(values: Any, place: Any, blocks: Any, target: Any, *, symmetric: bool
                 block[...] = value
             plgpu.commit_smem()
             rows = pl.ds(pl.multiple_of(down, HALF), HALF)
-            to = target.at[matrix, rows, pl.ds(pl.multiple_of(right, HALF), HALF)]
+            to = target.at[place.matrix, rows, pl.ds(pl.multiple_of(right, HALF), HALF)]
             plgpu.copy_smem_to_gmem(block, to, commit_group=False)
 
         plgpu.commit_smem_to_gmem_group()
 
-    for c in range(values.shape[1] // HALF):
+    for c in which:
         value, right = values[:, c * HALF : (c + 1) * HALF], column + c * HALF
         inside = (row < m) & (right < n)
         if symmetric:

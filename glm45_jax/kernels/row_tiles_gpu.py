@@ -218,17 +218,95 @@ class Place:
         return self.replace(column=self.column + wg * columns)
 
 
+def consume(
+    ring: Ring,
+    n_tiles: Any,
+    locate: Any,
+    multiply: Any,
+    store: Any,
+    *,
+    columns: int,
+    overlap: int,
+    dtype: Any,
+    nowhere: Place,
+    finish: Any = None,
+) -> None:
+    """The loop of a consumer over its tiles of 64 rows: each is stored over the first `overlap`
+    steps of the next, a part after each step is issued; at once with 0.
+
+    locate(j) -> (steps, place, context), steps >= max(1, overlap). multiply(acc, slot, k, context)
+    issues the wgmma of one step. finish(sums, place, context) -> the values to store, of `dtype`;
+    without it they are rounded sums. store(values, place, part, parts) writes part `part` of them.
+    nowhere: a place, for its types.
+    """
+
+    def tile(j, carry):
+        i, before, values = carry
+        steps, place, context = locate(j)
+
+        def accumulate(acc):
+            for k in range(overlap):
+                multiply(acc, ring.wait(i + k), jnp.int32(k), context)
+                if k:
+                    plgpu.wgmma_wait(1)
+                    ring.release(i + k - 1)
+
+                @pl.when(j > 0)
+                def _(k=k):
+                    store(values, before, k, overlap)
+
+            def step(k, _):
+                multiply(acc, ring.wait(i + k), k, context)
+                plgpu.wgmma_wait(1)
+                if overlap:
+                    ring.release(i + k - 1)
+                else:
+                    pl.when(k > 0)(lambda: ring.release(i + k - 1))
+
+            lax.fori_loop(jnp.int32(overlap), steps, step, None)
+            return acc[...]
+
+        sums = pl.run_scoped(accumulate, plgpu.ACC((HALF, columns)))
+        ring.release(i + steps - 1)
+        values = finish(sums, place, context) if finish else sums.astype(dtype)
+        if not overlap:
+            store(values, place, 0, 1)
+        return i + steps, place, values
+
+    nothing = plgpu.layout_cast(jnp.zeros((HALF, columns), dtype), plgpu.Layout.WGMMA)
+    zero = jnp.int32(0)
+    _, place, values = lax.fori_loop(zero, n_tiles, tile, (zero, nowhere, nothing))
+    if overlap:
+
+        @pl.when(n_tiles > 0)
+        def _():
+            store(values, place, 0, 1)
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def chunks(n: int, part: int = 0, parts: int = 1) -> range:
+    """Part `part` of n chunks, of `parts` nearly equal ones; the first is never empty."""
+    return range(-(-n * part // parts), -(-n * (part + 1) // parts))
+
+
 def store_rows(
-    values: Any, place: Place, blocks: Any, bytes_of: Any, target: Any, slots: int = SLOTS
+    values: Any,
+    place: Place,
+    blocks: Any,
+    bytes_of: Any,
+    target: Any,
+    slots: int = SLOTS,
+    part_of: tuple[int, int] = (0, 1),
 ) -> None:
     """Writes a consumer's 64 rows in chunks of 128 bytes, by TMA, `slots` at once; of a short
-    group just its rows.
+    group just its rows. part_of: as `chunks` has them.
     """
     wg, width = lax.axis_index("wg"), blocks.shape[-1]
     if target.ndim == 3:
         target = target.at[place.matrix]
     valid, row = jnp.clip(place.rows, 0, HALF), place.row
-    for c in range(values.shape[1] // width):
+    for c in chunks(values.shape[1] // width, *part_of):
         block = wg * slots + c % slots
         columns = pl.ds(pl.multiple_of(place.column + c * width, width), width)
         plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)

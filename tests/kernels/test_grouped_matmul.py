@@ -5,7 +5,6 @@ The Pallas kernel for Hopper runs here in an interpreter and is lowered for CUDA
 real. The one for TPU runs in an interpreter, and test_grouped_matmul_tpu.py compiles it.
 """
 
-import dataclasses
 import functools
 import itertools
 
@@ -176,19 +175,19 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_in_the_interpreter(sizes, r
     assert_rounded_once((out, *pull(g)), exact)
 
 
-def by_lone_tiles(x, w, sizes, g, interpret=None):
-    """Forward and dlhs, where the last rows of a group may be one consumer's."""
-    D, F = w.shape[1:]
+def by_plans(x, w, sizes, g, plan, interpret=None):
+    """The three products, each by this plan."""
     tiles = gpu.lay_tiles(sizes, n_rows=len(x), rows=gpu.ROWS)
-    plans = (dataclasses.replace(gpu.plan_for(n), lone=True) for n in (F, D))
-    y, dx = (functools.partial(gpu.rows_by_matrix, plan=p, interpret=interpret) for p in plans)
-    return y(x, w, tiles), dx(g, w, tiles, transposed=True)
+    run = functools.partial(gpu.rows_by_matrix, plan=plan, interpret=interpret)
+    dw = gpu.rows_by_rows(x, g, tiles, plan=plan, interpret=interpret)
+    return run(x, w, tiles), run(g, w, tiles, transposed=True), dw
 
 
-@pytest.mark.parametrize("sizes", RAGGED.values(), ids=RAGGED)
-def test_half_a_tile_may_be_one_consumers_in_the_interpreter(sizes):
-    args, exact = draw_half(sizes, D=192, F=64)
-    assert_rounded_once(by_lone_tiles(*args, plgpu.InterpretGPUParams()), exact[:2])
+@pytest.mark.parametrize("overlap", [0, 2, 4])
+def test_a_tile_may_be_stored_over_any_steps_of_the_next_in_the_interpreter(overlap):
+    args, exact = draw_half(RAGGED["mixed"], D=192, F=256)
+    plan = gpu.Plan(256, 4, overlap)
+    assert_rounded_once(by_plans(*args, plan, plgpu.InterpretGPUParams()), exact)
 
 
 @pytest.mark.parametrize("M, I, O", [(1, 1024, 192), (72, 512, 256)])
@@ -362,9 +361,10 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_at_model_widths(D, F, E):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("D, F, E", WIDTHS)
-def test_half_a_tile_may_be_one_consumers_at_model_widths(D, F, E):
+@pytest.mark.parametrize("overlap", [0, 1, 8])
+def test_a_tile_may_be_stored_over_any_steps_of_the_next_at_model_widths(D, F, E, overlap):
     args, exact = draw_widths(D, F, E)
-    assert_near(by_lone_tiles(*args), exact[:2])
+    assert_near(by_plans(*args, gpu.Plan(128, 6, overlap)), exact)
 
 
 @pytest.mark.gpu

@@ -52,7 +52,8 @@ def looped(step: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.
 def route_step(impl: str, bias_E: jax.Array, logits_ME: jax.Array) -> jax.Array:
     """Logits again, which depend on all that a routing gives."""
     r = routing.route(logits_ME, bias_E, top_k=TOP_K, impl=impl)
-    seen = r.gate_MA.sum() + (r.order_R[:1] + r.rows_E[:1] + r.expert_MA[0, :1]).sum()
+    ends = r.order_R[:1] + r.place_MA[0, :1] + r.rows_E[:1] + r.expert_MA[0, :1]
+    seen = r.gate_MA.sum() + ends.sum()
     return logits_ME + 1e-9 * seen
 
 
@@ -113,36 +114,37 @@ Case = tuple[Callable[..., Any], tuple[Any, ...], int]  # a function, arguments,
 
 
 def permute_by(impl: str) -> Callable[..., Any]:
-    return lambda x, order: routing.permute(x, order, impl=impl)
+    return functools.partial(routing.permute, impl=impl)
 
 
-def permute_backward(g: jax.Array, x: jax.Array, order: jax.Array) -> jax.Array:
-    return jax.vjp(lambda x: permute_by("reference")(x, order), x)[1](g)[0]
+def permute_backward(g: jax.Array, x: jax.Array, *where: jax.Array) -> jax.Array:
+    return jax.vjp(lambda x: permute_by("reference")(x, *where), x)[1](g)[0]
 
 
 def combine_by(impl: str) -> Callable[..., Any]:
-    return lambda y, gate, order: routing.combine(y, gate, order, impl=impl).astype(y.dtype)
+    return lambda y, *args: routing.combine(y, *args, impl=impl).astype(y.dtype)
 
 
 def combine_backward(impl: str, parts: int) -> Callable[..., Any]:
     """The gradients of the outputs and, with two parts, of the gates."""
 
-    def run(g: jax.Array, y: jax.Array, gate: jax.Array, order: jax.Array) -> Any:
-        return jax.vjp(lambda *some: combine_by(impl)(*some, order), y, gate)[1](g)[:parts]
+    def run(g: jax.Array, y: jax.Array, gate: jax.Array, *where: jax.Array) -> Any:
+        return jax.vjp(lambda *some: combine_by(impl)(*some, *where), y, gate)[1](g)[:parts]
 
     return run
 
 
 def copy_cases(tokens: int, experts: int) -> dict[str, Case]:
-    """`permute` and `combine` of a real routing, bfloat16: by XLA, by name, by each kernel alone,
-    whose table of places is there already.
+    """`permute` and `combine` of a real routing, which has the order and the places, bfloat16: by
+    XLA, by name, by each kernel alone.
     """
     logits = jax.random.normal(jax.random.key(0), (tokens, experts), jnp.float32)
     r = jax.jit(lambda x: routing.route(x, jnp.zeros(experts), top_k=TOP_K))(logits)
     x, y = normal(2, (tokens, WIDTH)), normal(3, (tokens * TOP_K, WIDTH))
     one = 2 * WIDTH * tokens  # bytes of a row a token
     some, both = one * (1 + TOP_K), one * (1 + 2 * TOP_K)
-    rows, sent = (x, r.order_R), (y, r.gate_MA, r.order_R)
+    place = r.place_MA
+    rows, sent = (x, r.order_R, place), (y, r.gate_MA, r.order_R, place)
     cases: dict[str, Case] = {
         "permute": (permute_by("reference"), rows, some),
         "permute backward": (permute_backward, (y, *rows), some),
@@ -154,7 +156,6 @@ def copy_cases(tokens: int, experts: int) -> dict[str, Case]:
         return cases
     cases["permute, mosaic"] = (permute_by("mosaic"), rows, some)
     cases["combine backward, mosaic"] = (combine_backward("mosaic", 2), (x, *sent), both)
-    place = jax.jit(routing.inverse)(r.order_R).reshape(tokens, TOP_K)
     for block in (1, 2, 4, 8):
         copy = functools.partial(routing_gpu.copy_rows, tokens=routing_gpu.Tokens(block))
         cases[f"permute, copy_rows {block}"] = (copy, (x, place), some)

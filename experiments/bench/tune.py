@@ -45,7 +45,7 @@ TOLERANCE = 2e-2  # of the largest number: other sizes sum in another order, and
 OWN = "own"
 HALF = jnp.bfloat16
 STAGES = {128: (6, 5), 256: (4, 3)}  # by the columns of a tile: as many as fit, and fewer
-OVERLAPS = {128: (1, 2, 4), 256: (1, 4, 8)}  # by the columns: steps over which a tile is stored
+OVERLAPS = {128: (1, 2), 256: (1, 4)}  # by the columns: steps over which a tile is stored
 
 
 @dataclasses.dataclass(frozen=True)

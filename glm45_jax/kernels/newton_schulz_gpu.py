@@ -46,7 +46,7 @@ class Plan:
 
     columns: int = 256
     stages: int = 4
-    overlap: int = 4
+    overlap: int = 1
 
 
 def refuses(m: int, n: int) -> str | None:
@@ -86,7 +86,7 @@ def plan_for(count: int, m: int, n: int, *, symmetric: bool) -> Plan:
         return -(-count * lay_tiles(m, n, columns, symmetric=symmetric).shape[1] // CTAS)
 
     narrow = n <= 128 or rounds(128) * NARROW < rounds(256)
-    return Plan(128, 6, 2) if narrow else Plan(256, 4, 4)
+    return Plan(128, 6) if narrow else Plan(256, 4)
 
 
 @functools.partial(

@@ -24,14 +24,16 @@ class Routing:
     """Where each token goes.
 
     expert_MA: chosen experts, best biased score first, int32. gate_MA: their weights, float32.
-    order_R: for each of the R = M * A rows in expert order, its index m * A + a. rows_E: rows of
-    each expert, int32, padding included. copies: the implementation of `permute` and `combine` for
-    these rows: that asked for by name where they have it, else "auto".
+    order_R: for each of the R = M * A rows in expert order, its index m * A + a. place_MA: the
+    other way round, the row of each. rows_E: rows of each expert, int32, padding included. copies:
+    the implementation of `permute` and `combine` for these rows: that asked for by name where they
+    have it, else "auto".
     """
 
     expert_MA: jax.Array
     gate_MA: jax.Array
     order_R: jax.Array
+    place_MA: jax.Array
     rows_E: jax.Array
     copies: str = struct.field(pytree_node=False, default="auto")
 
@@ -131,17 +133,17 @@ def _sent_to(expert_MA, score_ME, order, norm_topk, scale) -> Routing:
     gate_MA = jnp.take_along_axis(score_ME, expert_MA, axis=-1)
     if norm_topk:
         gate_MA = gate_MA / (gate_MA.sum(axis=-1, keepdims=True) + 1e-20)
-    order_R, rows_E = order(expert_MA, score_ME.shape[-1])
-    return Routing(expert_MA, gate_MA * scale, order_R, rows_E)
+    return Routing(expert_MA, gate_MA * scale, *order(expert_MA, score_ME.shape[-1]))
 
 
-def by_sorting(expert_MA: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
-    """order_R and rows_E of `Routing`."""
+def by_sorting(expert_MA: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """order_R, place_MA and rows_E of `Routing`."""
     order_R = jnp.argsort(expert_MA.reshape(-1), stable=True).astype(jnp.int32)
-    return order_R, count_rows(expert_MA, experts)
+    place_MA = inverse(order_R).reshape(expert_MA.shape)
+    return order_R, place_MA, count_rows(expert_MA, experts)
 
 
-def by_counting(expert_MA: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+def by_counting(expert_MA: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The same, bit for bit, where the experts of a token differ, without a sort.
 
     The place of a row is the start of its expert's rows, plus the tokens before it that go there: a
@@ -166,8 +168,8 @@ def by_counting(expert_MA: jax.Array, experts: int) -> tuple[jax.Array, jax.Arra
     rows_E = before_PE[-1] + count_PE[-1]
     place_PTE = _sums_before(rows_E)[None, None, :] + before_PE[:, None, :] + inside_PTE
     place_ME = place_PTE.reshape(tiles * TILE, experts)[:M]
-    place_R = jnp.take_along_axis(place_ME, expert_MA, axis=1).reshape(-1)
-    return inverse(place_R), rows_E
+    place_MA = jnp.take_along_axis(place_ME, expert_MA, axis=1)
+    return inverse(place_MA.reshape(-1)), place_MA, rows_E
 
 
 def _sums_before(x: jax.Array) -> jax.Array:
@@ -201,104 +203,118 @@ def count_rows(expert_MA: jax.Array, experts: int, valid_M: jax.Array | None = N
     return jnp.zeros(experts, jnp.int32).at[expert_MA].add(weight_MA)
 
 
-def permute(x_MD: jax.Array, order_R: jax.Array, *, impl: str = "auto") -> jax.Array:
+def permute(
+    x_MD: jax.Array, order_R: jax.Array, place_MA: jax.Array | None = None, *, impl: str = "auto"
+) -> jax.Array:
     """Rows in expert order: x_RD[r] = x_MD[order_R[r] // A]. Its backward gathers and sums, it
-    never scatters.
+    never scatters. place_MA: the inverse of the order where it is known, else it is made.
     """
-    return pick("permute", PERMUTES, impl, x_MD, order_R)(x_MD, order_R)
+    place_MA = _placed(order_R, place_MA, x_MD.shape[0])
+    return pick("permute", PERMUTES, impl, x_MD, order_R, place_MA)(x_MD, order_R, place_MA)
+
+
+def _placed(order_R: jax.Array, place_MA: jax.Array | None, M: int) -> jax.Array:
+    return inverse(order_R).reshape(M, -1) if place_MA is None else place_MA
 
 
 @jax.custom_vjp
-def _gathered(x_MD, order_R):
+def _gathered(x_MD, order_R, place_MA):
     """`permute` by XLA's gather: row by row of the result, each token read A times."""
-    return x_MD[order_R // (order_R.shape[0] // x_MD.shape[0])]
+    return x_MD[order_R // place_MA.shape[1]]
 
 
-def _gathered_fwd(x_MD, order_R):
-    return _gathered(x_MD, order_R), (order_R, x_MD.shape[0])
+def _gathered_fwd(x_MD, order_R, place_MA):
+    return _gathered(x_MD, order_R, place_MA), place_MA
 
 
-def _gathered_bwd(saved, g_RD):
-    order_R, M = saved
-    return _summed(g_RD, inverse(order_R), M), None
+def _gathered_bwd(place_MA, g_RD):
+    return _summed(g_RD, place_MA), None, None
 
 
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
 
 
-def _summed(g_RD: jax.Array, place_R: jax.Array, M: int) -> jax.Array:
+def _summed(g_RD: jax.Array, place_MA: jax.Array) -> jax.Array:
     """Sums over the A copies of a token, in float32: [M, D] in the dtype of g."""
-    g_MAD = g_RD[place_R].reshape(M, -1, g_RD.shape[-1])
-    return g_MAD.astype(jnp.float32).sum(axis=1).astype(g_RD.dtype)
+    return g_RD[place_MA].astype(jnp.float32).sum(axis=1).astype(g_RD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def copied(x_MD: jax.Array, order_R: jax.Array, interpret: bool = False) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def copied(
+    x_MD: jax.Array, order_R: jax.Array, place_MA: jax.Array, interpret: bool = False
+) -> jax.Array:
     """`permute` by the Pallas kernel for Hopper (routing_gpu.py): each token read once."""
-    return _copied_fwd(x_MD, order_R, interpret)[0]
+    return _copied_fwd(x_MD, order_R, place_MA, interpret)[0]
 
 
-def _copied_fwd(x_MD, order_R, interpret):
+def _copied_fwd(x_MD, order_R, place_MA, interpret):
     from glm45_jax.kernels import routing_gpu
 
-    place_MA = inverse(order_R).reshape(x_MD.shape[0], -1)
     return routing_gpu.copy_rows(x_MD, place_MA, interpret=interpret), place_MA
 
 
 def _copied_bwd(interpret, place_MA, g_RD):
-    return _summed(g_RD, place_MA.reshape(-1), place_MA.shape[0]), None
+    return _summed(g_RD, place_MA), None, None
 
 
 copied.defvjp(_copied_fwd, _copied_bwd)
 
 
 def combine(
-    y_RD: jax.Array, gate_MA: jax.Array, order_R: jax.Array, *, impl: str = "auto"
+    y_RD: jax.Array,
+    gate_MA: jax.Array,
+    order_R: jax.Array,
+    place_MA: jax.Array | None = None,
+    *,
+    impl: str = "auto",
 ) -> jax.Array:
     """Sum over a token's experts of gate times output, in float32: [M, D]. Inverse of `permute`, by
-    gathers alone.
+    gathers alone. place_MA: as of `permute`.
 
     impl: of the backward pass. "mosaic" first rounds the gradient to the dtype of y, which changes
     nothing where the caller rounded this result to it, and frees XLA from writing it in float32.
     """
-    return pick("combine", COMBINES, impl, y_RD, gate_MA, order_R)(y_RD, gate_MA, order_R)
+    args = y_RD, gate_MA, order_R, _placed(order_R, place_MA, gate_MA.shape[0])
+    return pick("combine", COMBINES, impl, *args)(*args)
 
 
 @jax.custom_vjp
-def _weighed(y_RD, gate_MA, order_R):
+def _weighed(y_RD, gate_MA, order_R, place_MA):
     """`combine` by XLA, its backward too."""
-    return _weighed_fwd(y_RD, gate_MA, order_R)[0]
+    return _weighed_fwd(y_RD, gate_MA, order_R, place_MA)[0]
 
 
-def _weighed_fwd(y_RD, gate_MA, order_R):
-    M, A = gate_MA.shape
-    y_MAD = y_RD[inverse(order_R)].reshape(M, A, -1).astype(jnp.float32)
-    return jnp.einsum("ma,mad->md", gate_MA, y_MAD), (y_RD, gate_MA, order_R)
+def _weighed_fwd(y_RD, gate_MA, order_R, place_MA):
+    y_MAD = y_RD[place_MA].astype(jnp.float32)
+    return jnp.einsum("ma,mad->md", gate_MA, y_MAD), (y_RD, gate_MA, order_R, place_MA)
 
 
 def _weighed_bwd(saved, g_MD):
-    y_RD, gate_MA, order_R = saved
-    M, A = gate_MA.shape
-    g_RD = g_MD[order_R // A]
+    y_RD, gate_MA, order_R, place_MA = saved
+    g_RD = g_MD[order_R // gate_MA.shape[1]]
     dy_RD = (g_RD * gate_MA.reshape(-1)[order_R][:, None]).astype(y_RD.dtype)
-    y_MAD = y_RD[inverse(order_R)].reshape(M, A, -1).astype(jnp.float32)
-    return dy_RD, jnp.einsum("md,mad->ma", g_MD, y_MAD), None
+    y_MAD = y_RD[place_MA].astype(jnp.float32)
+    return dy_RD, jnp.einsum("md,mad->ma", g_MD, y_MAD), None, None
 
 
 _weighed.defvjp(_weighed_fwd, _weighed_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def put_back(
-    y_RD: jax.Array, gate_MA: jax.Array, order_R: jax.Array, interpret: bool = False
+    y_RD: jax.Array,
+    gate_MA: jax.Array,
+    order_R: jax.Array,
+    place_MA: jax.Array,
+    interpret: bool = False,
 ) -> jax.Array:
     """`combine` with a backward in one pass by the Pallas kernel for Hopper (routing_gpu.py)."""
-    return _put_back_fwd(y_RD, gate_MA, order_R, interpret)[0]
+    return _put_back_fwd(y_RD, gate_MA, order_R, place_MA, interpret)[0]
 
 
-def _put_back_fwd(y_RD, gate_MA, order_R, interpret):
-    out_MD, _ = _weighed_fwd(y_RD, gate_MA, order_R)
-    return out_MD, (y_RD, gate_MA, inverse(order_R).reshape(gate_MA.shape))
+def _put_back_fwd(y_RD, gate_MA, order_R, place_MA, interpret):
+    out_MD, _ = _weighed_fwd(y_RD, gate_MA, order_R, place_MA)
+    return out_MD, (y_RD, gate_MA, place_MA)
 
 
 def _put_back_bwd(interpret, saved, g_MD):
@@ -307,7 +323,7 @@ def _put_back_bwd(interpret, saved, g_MD):
     y_RD, gate_MA, place_MA = saved
     g_MD = g_MD.astype(y_RD.dtype)
     dy_RD, dgate_MA = routing_gpu.put_rows(g_MD, place_MA, gate_MA, y_RD, interpret=interpret)
-    return dy_RD, dgate_MA, None
+    return dy_RD, dgate_MA, None, None
 
 
 put_back.defvjp(_put_back_fwd, _put_back_bwd)

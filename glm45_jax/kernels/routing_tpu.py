@@ -5,9 +5,9 @@ Compiled for v5p and v6e, run only by the interpreter. Tokens lie along lanes an
 sublanes, so that a best expert is found by comparing whole registers: along lanes, every one of
 top_k steps would be a shuffle.
 
-The permutation is XLA's sort of one packed integer a row. Places are cheap to count, but `Routing`
-wants their inverse, a scatter of single words: in a TensorCore one scalar store after another. A
-sort is vector work all through, and XLA's is one.
+The permutation is XLA's sort of one packed integer a row. Places are cheap to count, but the order,
+their inverse, is a scatter of single words: in a TensorCore one scalar store after another. A sort
+is vector work all through, and XLA's is one. Places are scattered where something reads them.
 
 Rows are permuted and combined by XLA as well. `permute` reads and writes each byte once. `combine`
 writes the gathered rows out and reads them again; fused, it would move 0.4 of the bytes, but by
@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from glm45_jax.kernels.routing import Routing
+from glm45_jax.kernels.routing import Routing, inverse
 
 TILE = 512  # tokens a step
 LANES = 128
@@ -80,7 +80,8 @@ def _route(logits_ME, bias_E, top_k, norm_topk, scale, interpret) -> Routing:
     expert_MA, R = expert_AM.T, logits_ME.shape[0] * top_k
     packed_R = (expert_MA.reshape(-1) << _bits(R)) | jnp.arange(R, dtype=jnp.int32)
     order_R = lax.sort(packed_R, is_stable=False) & ((1 << _bits(R)) - 1)
-    return Routing(expert_MA, gate_AM.T, order_R, rows_PE1.sum(axis=(0, 2)))
+    place_MA = inverse(order_R).reshape(expert_MA.shape)
+    return Routing(expert_MA, gate_AM.T, order_R, place_MA, rows_PE1.sum(axis=(0, 2)))
 
 
 def _route_fwd(logits_ME, bias_E, top_k, norm_topk, scale, interpret):

@@ -233,8 +233,9 @@ class GatherWeights:
         if group.axes:
             whole = functools.partial(lax.all_gather, axis_name=group.axes, axis=0, tiled=True)
             weights = jax.tree.map(whole, weights)
-        y_rD = apply(permute(x_mD, r.order_R, impl=r.copies), weights, r.rows_E)
-        return combine(y_rD, r.gate_MA, r.order_R, impl=r.copies), jnp.int32(0)
+        where = r.order_R, r.place_MA
+        y_rD = apply(permute(x_mD, *where, impl=r.copies), weights, r.rows_E)
+        return combine(y_rD, r.gate_MA, *where, impl=r.copies), jnp.int32(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,7 +355,7 @@ class PaddedAllToAll(_Buffered):
             y_SD = _swap(y_SD.reshape(X, C, -1), group.axes).reshape(S, -1)
             return collect(y_SD, gate_mA, row_S, slot_mA)
 
-        plan = r.order_R, r.expert_MA, inverse(r.order_R).reshape(m, A), sent_X, got_Xe
+        plan = r.order_R, r.expert_MA, r.place_MA, sent_X, got_Xe
         # The loop holds collectives: all devices must take the same number of passes.
         passes = None if C >= worst else lax.pmax(-(-sent_X.max() // C), group.everyone)
         y_mD = in_passes(one, passes, plan, x_mD, r.gate_MA, weights)
@@ -384,7 +385,7 @@ class RaggedAllToAll(_Buffered):
         S = self.room(m * A, worst)
 
         def one(i, plan, x_mD, gate_mA, weights):
-            order_R, slot_mA, rows_XXe = plan
+            order_R, place_mA, rows_XXe = plan
             me = lax.axis_index(group.axes)
             rows_XX = rows_XXe.sum(axis=2)
             # Receivers take their rows by sender; this pass takes places i·S to (i + 1)·S of each.
@@ -394,7 +395,7 @@ class RaggedAllToAll(_Buffered):
             start_XX = jnp.cumsum(rows_XX, axis=1) - rows_XX + skip_XX  # at the sender
             at_XX = jnp.clip(place_XX, 0, S)  # at the receiver
             travel = functools.partial(lax.ragged_all_to_all, axis_name=group.axes)
-            x_rD = permute(x_mD, order_R)
+            x_rD = permute(x_mD, order_R, place_mA)
             empty_SD = jnp.zeros((S, x_rD.shape[1]), x_rD.dtype)
             x_SD = travel(x_rD, empty_SD, start_XX[me], take_XX[me], at_XX[me], take_XX[:, me])
             flat_P = overlap(rows_XXe[:, me].reshape(-1), i * S, S)
@@ -407,9 +408,9 @@ class RaggedAllToAll(_Buffered):
                 start_XX[:, me],
                 take_XX[me],
             )
-            return collect(y_rD, gate_mA, order_R, slot_mA)
+            return collect(y_rD, gate_mA, order_R, place_mA)
 
-        plan = r.order_R, inverse(r.order_R).reshape(m, A), rows_XXe
+        plan = r.order_R, r.place_MA, rows_XXe
         got_X = rows_XXe.sum(axis=(0, 2))
         passes = None if S >= worst else lax.pmax(-(-got_X.max() // S), group.everyone)
         y_mD = in_passes(one, passes, plan, x_mD, r.gate_MA, weights)

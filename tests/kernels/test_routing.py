@@ -59,6 +59,7 @@ def test_every_implementation_equals_a_token_at_a_time(name, impl):
     )
     flat = np.asarray(r.expert_MA).reshape(-1)[np.asarray(r.order_R)]
     assert (np.diff(flat) >= 0).all()
+    np.testing.assert_array_equal(np.argsort(r.order_R).reshape(r.expert_MA.shape), r.place_MA)
 
 
 @pytest.mark.parametrize("M, E, A", [(1, 1, 1), (127, 8, 3), (128, 16, 8), (700, 160, 8)])
@@ -86,7 +87,7 @@ def assert_same_route(logits, bias, top_k, norm_topk=True):
     args, how = (logits, bias, cotangent), dict(top_k=top_k, norm_topk=norm_topk)
     ours, gate, (dlogits, dbias) = both_ways(*args, run=INTERPRETED, **how)
     exact, exact_gate, (exact_dlogits, _) = both_ways(*args, run=op.reference, **how)
-    for field in ("expert_MA", "order_R", "rows_E"):
+    for field in ("expert_MA", "order_R", "place_MA", "rows_E"):
         np.testing.assert_array_equal(getattr(ours, field), getattr(exact, field))
     np.testing.assert_allclose(gate, exact_gate, atol=1e-6)
     np.testing.assert_array_equal(gate, ours.gate_MA)
@@ -164,8 +165,9 @@ def test_combine_after_permute_weighs_each_token_by_its_gates():
     logits, bias, kwargs = draw(ROUTING["tiny"])
     r = op.route(logits, bias, **kwargs)
     x = jax.random.normal(jax.random.key(0), (logits.shape[0], 5))
-    out = op.combine(op.permute(x, r.order_R), r.gate_MA, r.order_R)
-    np.testing.assert_allclose(out, x * r.gate_MA.sum(axis=1, keepdims=True), atol=1e-6)
+    for where in ((r.order_R,), (r.order_R, r.place_MA)):
+        out = op.combine(op.permute(x, *where), r.gate_MA, *where)
+        np.testing.assert_allclose(out, x * r.gate_MA.sum(axis=1, keepdims=True), atol=1e-6)
 
 
 def test_hand_written_backward_passes_equal_those_of_plain_indexing():

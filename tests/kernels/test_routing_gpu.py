@@ -74,7 +74,8 @@ def pulled(run, *args):
 @pytest.mark.parametrize("M, A", SMALL)
 def test_rows_copied_to_their_places_are_those_gathered_and_so_are_gradients(M, A, dtype):
     x, _, _, order = drawn(M, A, 128, dtype)
-    ours = pulled(lambda x, order: routing.copied(x, order, True), x, order)
+    place = routing.inverse(order).reshape(M, A)
+    ours = pulled(lambda x, order: routing.copied(x, order, place, True), x, order)
     right = pulled(functools.partial(routing.permute, impl="reference"), x, order)
     for a, b in zip(ours, right, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -88,7 +89,8 @@ def test_the_backward_of_combine_in_one_pass_is_that_of_two(M, A, dtype):
     def rounded(run):  # the gradient then has no more digits than y
         return lambda *args: run(*args).astype(dtype)
 
-    ours = pulled(rounded(lambda *args: routing.put_back(*args, True)), y, gates, order)
+    place = routing.inverse(order).reshape(M, A)
+    ours = pulled(rounded(lambda *args: routing.put_back(*args, place, True)), y, gates, order)
     right = pulled(rounded(functools.partial(routing.combine, impl="reference")), y, gates, order)
     for a, b in zip(ours[:2], right[:2], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -140,7 +142,7 @@ def test_the_kernel_routes_as_the_reference_does_on_a_gpu(name):
         jax.jit(functools.partial(routing.route, top_k=shape.A, impl=impl))(logits, bias)
         for impl in ("mosaic", "reference")
     )
-    for field in ("expert_MA", "order_R", "rows_E"):
+    for field in ("expert_MA", "order_R", "place_MA", "rows_E"):
         np.testing.assert_array_equal(getattr(ours, field), getattr(right, field), err_msg=field)
     # XLA sums a token's gates in another order where the kernel gives them by columns.
     np.testing.assert_allclose(ours.gate_MA, right.gate_MA, atol=1e-6)

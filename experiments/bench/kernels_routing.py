@@ -33,7 +33,7 @@ from experiments.bench.kernels import (
 )
 from experiments.bench.results import device_name, merge_result
 from glm45_jax.kernels import routing, routing_gpu
-from glm45_jax.kernels.grouped_matmul import grouped_matmul
+from glm45_jax.kernels.grouped_matmul import gated_matmul, grouped_matmul, products
 from glm45_jax.model.expert_parallel import ExpertWeights, mixture
 
 LOOPS = 20
@@ -185,7 +185,9 @@ def copy_rows(tokens: int, experts: int, ceiling: float) -> list[dict[str, Any]]
     return rows
 
 
-def block(impl: str, x: jax.Array, router: jax.Array, *weights: jax.Array) -> jax.Array:
+def block(
+    impl: str, gated: Callable[..., Any], x: jax.Array, router: jax.Array, *weights: jax.Array
+) -> jax.Array:
     """Router, choice, three products, weighted sum: [M, D] -> [M, D]."""
     logits = jnp.einsum(
         "md,de->me",
@@ -204,6 +206,7 @@ def block(impl: str, x: jax.Array, router: jax.Array, *weights: jax.Array) -> ja
         top_k=TOP_K,
         route=route,
         matmul=grouped_matmul,
+        gated=gated,
     )
     return mixed.y_BTD[0]
 
@@ -256,23 +259,24 @@ def block_rows(tokens: int) -> list[dict[str, Any]]:
     weights = tuple(normal(i, s, 0.02) for i, s in ((2, (E, D, F)), (3, (E, D, F)), (4, (E, F, D))))
     args = x, router, *weights
 
-    def both(impl: str) -> Callable[..., Any]:
-        def run(g: jax.Array, *args: jax.Array) -> Any:
-            out, pull = jax.vjp(functools.partial(block, impl), *args)
+    def both(run: Callable[..., Any]) -> Callable[..., Any]:
+        def pulled(g: jax.Array, *args: jax.Array) -> Any:
+            out, pull = jax.vjp(run, *args)
             return out, pull(g)
 
-        return run
+        return pulled
 
     forward: dict[str, Callable[[], Contender]] = {}
     backward: dict[str, Callable[[], Contender]] = {}
-    impls = ["auto", "reference"]
+    ours: dict[str, Callable[..., Any]] = {
+        "glm45_jax": functools.partial(block, "auto", gated_matmul),
+        "glm45_jax, gate and up apart": functools.partial(block, "auto", products),
+    }
     if not routing_gpu.refuses_places(x):
-        impls.append("mosaic")
-    for impl in impls:
-        forward[f"glm45_jax, routing {impl}"] = functools.partial(
-            of_jax, functools.partial(block, impl), *args
-        )
-        backward[f"glm45_jax, routing {impl}"] = functools.partial(of_jax, both(impl), g, *args)
+        ours["glm45_jax, routing mosaic"] = functools.partial(block, "mosaic", gated_matmul)
+    for name, run in ours.items():
+        forward[name] = functools.partial(of_jax, run, *args)
+        backward[name] = functools.partial(of_jax, both(run), g, *args)
     if torch := torch_or_none():
         theirs = [torch.from_dlpack(a) for a in args]
         wanted = [a.clone().requires_grad_() for a in theirs]

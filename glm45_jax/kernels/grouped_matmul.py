@@ -5,6 +5,9 @@ Dropless: group sizes are data, shapes are not. The op sees one shard; sharding 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -24,6 +27,61 @@ def grouped_matmul(
     Raises: ValueError where a named implementation cannot run on these arguments.
     """
     return pick("grouped_matmul", IMPLS, impl, x_RD, w_EDF, rows_E)(x_RD, w_EDF, rows_E)
+
+
+def gated_matmul(
+    x_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    rows_E: jax.Array,
+    *,
+    impl: str = "auto",
+) -> jax.Array:
+    """h[R, F] = silu(x gate) * (x up), each row with the matrices of its group; as two of
+    `grouped_matmul`, whose `impl` it takes. "auto" and "mosaic" fuse them where they can.
+    """
+    impls = (
+        Implementation("fused", fused, _fused_supports, ("gpu",)),
+        Implementation("products", functools.partial(_products, impl), anything, PLATFORMS),
+    )
+    name = "auto" if impl in ("auto", "mosaic") else "products"
+    args = x_RD, gate_EDF, up_EDF, rows_E
+    return pick("gated_matmul", impls, name, *args)(*args)
+
+
+def products(
+    x_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    rows_E: jax.Array,
+    *,
+    matmul: Callable[..., jax.Array] = grouped_matmul,
+) -> jax.Array:
+    """The definition of `gated_matmul`: two products, and XLA's silu."""
+    gate_RF = matmul(x_RD, gate_EDF, rows_E)
+    up_RF = matmul(x_RD, up_EDF, rows_E)
+    return jax.nn.silu(gate_RF) * up_RF
+
+
+def _products(impl: str, *args: jax.Array) -> jax.Array:
+    return products(*args, matmul=functools.partial(grouped_matmul, impl=impl))
+
+
+def fused(x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, rows_E: jax.Array) -> jax.Array:
+    """One Pallas kernel for Hopper (grouped_matmul_gpu.py): rows are loaded once for both, and the
+    backward pass sums the gradients of x inside its product.
+    """
+    from glm45_jax.kernels import grouped_matmul_gpu
+
+    return grouped_matmul_gpu.gated_matmul(x_RD, gate_EDF, up_EDF, rows_E)
+
+
+def _fused_supports(x_RD, gate_EDF, up_EDF, rows_E) -> str | None:
+    if why := not_hopper():
+        return why
+    from glm45_jax.kernels import grouped_matmul_gpu
+
+    return grouped_matmul_gpu.refuses_gated(x_RD, gate_EDF, up_EDF, rows_E)
 
 
 def reference(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> jax.Array:
@@ -150,11 +208,12 @@ def _mosaic_tpu_supports(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -
     return grouped_matmul_tpu.refuses(x_RD, w_EDF, rows_E)
 
 
+PLATFORMS = ("cpu", "gpu", "tpu")
 # On GPU `lax.ragged_dot` runs at 6 TFLOP/s of 704 (H100, jax 0.11.2, docs/log.md), on CPU at a
 # fifth of the blocked form.
 IMPLS = (
     Implementation("mosaic", mosaic, _mosaic_supports, ("gpu",)),
     Implementation("mosaic_tpu", mosaic_tpu, _mosaic_tpu_supports, ("tpu",)),
     Implementation("blocked", blocked, anything, ("cpu", "gpu")),
-    Implementation("reference", reference, anything, ("cpu", "gpu", "tpu")),
+    Implementation("reference", reference, anything, PLATFORMS),
 )

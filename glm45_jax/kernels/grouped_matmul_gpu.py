@@ -30,10 +30,12 @@ from glm45_jax.kernels.row_tiles_gpu import (
     Place,
     Ring,
     Tiles,
+    chunks,
     consume,
     lay_bands,
     lay_tiles,
     load_rows,
+    store_chunk,
     store_rows,
     tile_rows,
     tiling,
@@ -70,6 +72,16 @@ def refuses(x_RD: jax.Array, w_EDF: jax.Array, rows_E: jax.Array) -> str | None:
     if x_RD.shape[0] % 8 or not x_RD.shape[0]:
         return f"there are {x_RD.shape[0]} rows, which must be a multiple of 8"
     return None
+
+
+def refuses_gated(
+    x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, rows_E: jax.Array
+) -> str | None:
+    """Why `gated_matmul` cannot run on these, or None."""
+    (R, _), E = x_RD.shape, rows_E.shape[0]
+    if tile_rows(R, E) == HALF:
+        return f"{R} rows of {E} groups lie in tiles of {HALF}"
+    return refuses(x_RD, gate_EDF, rows_E) or refuses(x_RD, up_EDF, rows_E)
 
 
 def refuses_few(x_MI: jax.Array, w_IO: jax.Array) -> str | None:
@@ -141,6 +153,45 @@ def _product_bwd(interpret, saved, g_RF):
 _product.defvjp(_product_fwd, _product_bwd)
 
 
+def gated_matmul(
+    x_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    rows_E: jax.Array,
+    *,
+    interpret: Any = None,
+) -> jax.Array:
+    """h[R, F] = silu(x gate) * (x up), as `glm45_jax.kernels.grouped_matmul.gated_matmul`.
+
+    Rows past sum(rows_E) give zeros and get zeros. Backward three kernels and silu's derivative.
+    """
+    tiles = lay_tiles(rows_E, n_rows=x_RD.shape[0], rows=ROWS)
+    return _gated(x_RD, gate_EDF, up_EDF, tiles, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _gated(x_RD, gate_EDF, up_EDF, tiles: Tiles, interpret):
+    run = functools.partial(rows_by_gate_and_up, keep=False, interpret=interpret)
+    return run(x_RD, gate_EDF, up_EDF, tiles)[0]
+
+
+def _gated_fwd(x_RD, gate_EDF, up_EDF, tiles: Tiles, interpret):
+    run = functools.partial(rows_by_gate_and_up, keep=True, interpret=interpret)
+    h_RF, *kept = run(x_RD, gate_EDF, up_EDF, tiles)
+    return h_RF, (x_RD, gate_EDF, up_EDF, tiles, *kept)
+
+
+def _gated_bwd(interpret, saved, dh_RF):
+    x_RD, gate_EDF, up_EDF, tiles, g_RF, u_RF = saved
+    d = jax.vjp(silu_product, g_RF, u_RF)[1](dh_RF)
+    dx_RD = rows_by_sum(d, (gate_EDF, up_EDF), tiles, interpret=interpret)
+    plan = Plan(256, 4, 4)
+    return dx_RD, *rows_by_all(x_RD, d, tiles, plan=plan, interpret=interpret), None
+
+
+_gated.defvjp(_gated_fwd, _gated_bwd)
+
+
 def plan_for(columns: int, rows: int = ROWS) -> Plan:
     """256 columns a tile where there are more than 128: 48 KB a stage, four of them fit. With half
     the rows 128: more tiles, which fill the last round of the CTAs, and 24 KB a stage. As many
@@ -152,15 +203,15 @@ def plan_for(columns: int, rows: int = ROWS) -> Plan:
 
 
 def _scratch(
-    plan: Plan, rhs: tuple[int, int], halves: int, out: Any, interpret: Any
+    plan: Plan, rhs: tuple[int, int], halves: int, blocks: int, out: Any, interpret: Any
 ) -> dict[str, Any]:
-    """halves: blocks of 64 rows a stage; a stage of one has two parts of the matrix, of two one."""
+    """halves, blocks: of 64 rows and of matrices, in a stage."""
     half = jnp.bfloat16
     return {
         "lhs": two_views(halves * plan.stages, half, interpret),
-        "rhs": plgpu.SMEM(((3 - halves) * plan.stages, *rhs), half, **tiling(8, half)),
+        "rhs": plgpu.SMEM((blocks * plan.stages, *rhs), half, **tiling(8, half)),
         "out": two_views(2 * SLOTS, out, interpret),
-        "full": plgpu.Barrier(num_arrivals=3, num_barriers=plan.stages),
+        "full": plgpu.Barrier(num_arrivals=halves + blocks, num_barriers=plan.stages),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
     }
 
@@ -189,18 +240,78 @@ def rows_by_matrix(
     are written twice, with the same bits. Only a group of less than a tile is stored row by row.
     Jitted: a program traces and lowers (0.5 s) each of its shapes once, however many layers use it.
     """
-    R, K = x_RK.shape
-    E, N = w_EDF.shape[0], w_EDF.shape[1 if transposed else 2]
+    K, N = x_RK.shape[1], w_EDF.shape[1 if transposed else 2]
     key = {"K": K, "N": N, "rows": tiles.rows, "transposed": int(transposed)}
     plan = plan or tuned("rows_by_matrix", plan_for(N, tiles.rows), **key)
+    how = dict(transposed=transposed, dtype=dtype, plan=plan, interpret=interpret)
+    return _rows_by_matrices((x_RK,), (w_EDF,), tiles, **how)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def rows_by_sum(
+    xs: tuple[jax.Array, ...], ws: tuple[jax.Array, ...], tiles: Tiles, *, interpret: Any = None
+) -> jax.Array:
+    """The sum of x[R, F] times transposed w[E, D, F] over pairs of one shape each: [R, D]. One long
+    product: no part of the sum is rounded or goes through memory.
+    """
+    plan = plan_for(ws[0].shape[1], tiles.rows)
+    return _rows_by_matrices(xs, ws, tiles, transposed=True, plan=plan, interpret=interpret)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("keep", "interpret"))
+def rows_by_gate_and_up(
+    x_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    tiles: Tiles,
+    *,
+    keep: bool,
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """h[R, F] = silu(g) * u, of g = x gate and u = x up, rounded; with keep (h, g, u). Tiles of
+    ROWS. A tile has 128 columns of each product: rows are loaded once for both.
+    """
+    ws = gate_EDF, up_EDF
+    plan = Plan(256, 4, 4 if keep else 2)
+    return _rows_by_matrices((x_RD,), ws, tiles, keep=keep, plan=plan, interpret=interpret)
+
+
+def silu_product(g: jax.Array, u: jax.Array) -> jax.Array:
+    """silu(g) * u, in float32 inside."""
+    g32 = g.astype(jnp.float32)
+    return (g32 / (1 + jnp.exp(-g32)) * u.astype(jnp.float32)).astype(g.dtype)
+
+
+def _rows_by_matrices(
+    xs: tuple[jax.Array, ...],
+    ws: tuple[jax.Array, ...],
+    tiles: Tiles,
+    *,
+    transposed: bool = False,
+    dtype: Any = jnp.bfloat16,
+    keep: bool = False,
+    plan: Plan,
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """As many xs as ws: the sum of their products. One x and two ws: as `rows_by_gate_and_up`."""
+    (R, K), results = xs[0].shape, len(ws) // len(xs)
+    E, N = ws[0].shape[0], ws[0].shape[1 if transposed else 2]
     halves = tiles.rows // HALF
-    part = plan.columns // (3 - halves)  # columns of a consumer
-    k_steps, n_tiles = pl.cdiv(K, STEP), pl.cdiv(N, plan.columns)
-    plan = dataclasses.replace(plan, overlap=min(plan.overlap, k_steps))
+    assert results == 1 or halves == 2, "half tiles have one result"
+    width = plan.columns // results  # of a tile, in each result
+    part = width // (3 - halves)  # columns of a consumer
+    blocks = results * (3 - halves)
+    k_steps, n_tiles = pl.cdiv(K, STEP), pl.cdiv(N, width)
+    steps_of_all = len(xs) * k_steps
+    plan = dataclasses.replace(plan, overlap=min(plan.overlap, steps_of_all))
     least, grid = max(1, plan.overlap), Grid(interpret)
     last = tiles.next_P.shape[0] - 1
+    outs = 3 if keep else 1
 
-    def body(x, w, expert_P, start_P, end_P, first_P, next_P, y, *, lhs, rhs, out, full, empty):
+    def body(*refs, lhs, rhs, out, full, empty):
+        x, w = refs[: len(xs)], refs[len(xs) : len(xs) + len(ws)]
+        expert_P, start_P, end_P, first_P, next_P = refs[len(xs) + len(ws) : -outs]
+        ys = refs[-outs:]
         ring = Ring(plan.stages, full, empty)
         lhs_blocks, lhs_bytes = views(lhs, interpret)
         out_blocks, out_bytes = views(out, interpret)
@@ -214,9 +325,9 @@ def rows_by_matrix(
             count, within = next_P[p] - first, t - first * n_tiles
             row = start + lax.rem(within, count) * tiles.rows  # rows fastest: they share the matrix
             row = jnp.maximum(jnp.minimum(row, end - tiles.rows), start)
-            column, past = lax.div(within, count) * plan.columns, expert == E
+            column, past = lax.div(within, count) * width, expert == E
             place = Place(row, column, end - row, past, jnp.minimum(expert, E - 1))
-            steps = jnp.where(past, jnp.int32(least), jnp.int32(k_steps))
+            steps = jnp.where(past, jnp.int32(least), jnp.int32(steps_of_all))
             return steps, place, None
 
         @pl.when(wg == PRODUCER)
@@ -226,16 +337,27 @@ def rows_by_matrix(
             def tile(j, i):
                 steps, place, _ = locate(j)
 
-                def load(k, i):
-                    slot = ring.claim(i)
+                def copy(k, slot, x, ws):
                     inner = pl.ds(pl.multiple_of(k * STEP, STEP), STEP)
                     load_rows(x, inner, place, lhs_bytes, slot, halves, full.at[slot])
-                    for c in range(3 - halves):
-                        column = pl.multiple_of(place.column + c * part, part)
-                        columns = pl.ds(column, part)
+                    for b in range(blocks):
+                        column = place.column if results > 1 else place.column + b * part
+                        columns = pl.ds(pl.multiple_of(column, part), part)
                         index = (columns, inner) if transposed else (inner, columns)
-                        block = rhs.at[slot * (3 - halves) + c]
+                        w, block = ws[b % results], rhs.at[slot * blocks + b]
                         plgpu.copy_gmem_to_smem(w.at[place.matrix, *index], block, full.at[slot])
+
+                def load(k, i):
+                    slot = ring.claim(i)
+                    if len(xs) == 1:
+                        copy(k, slot, x[0], w)
+                        return i + 1
+                    for n, pair in enumerate(zip(x, w, strict=True)):
+
+                        @pl.when((k >= n * k_steps) & (k < (n + 1) * k_steps))
+                        def _(n=n, pair=pair):
+                            copy(k - n * k_steps, slot, pair[0], pair[1:])
+
                     return i + 1
 
                 return lax.fori_loop(jnp.int32(0), steps, load, i)
@@ -246,23 +368,31 @@ def rows_by_matrix(
         def _():
             plgpu.set_max_registers(232, action="increase")
 
-            def multiply(acc, slot, k, context):
+            def multiply(accs, slot, k, context):
                 a = lhs_blocks.at[slot * halves + (wg if halves == 2 else 0)]
-                b = rhs.at[slot if halves == 2 else slot * 2 + wg]
-                plgpu.wgmma(acc, a, b.transpose((1, 0)) if transposed else b)
+                for n, acc in enumerate(accs):
+                    b = rhs.at[slot * blocks + (n if halves == 2 else wg)]
+                    plgpu.wgmma(acc, a, b.transpose((1, 0)) if transposed else b)
 
             def store(values, place, *part_of):
                 own = place.lower(wg) if halves == 2 else place.right(wg, part)
-                store_rows(values, own, out_blocks, out_bytes, y, part_of=part_of)
+                if results == 1:
+                    store_rows(values[0], own, out_blocks, out_bytes, ys[0], part_of=part_of)
+                    return
+                for turn in chunks(outs * width // HALF, *part_of):
+                    c, n = divmod(turn, outs)
+                    g, u = (v[:, c * HALF : (c + 1) * HALF] for v in values)
+                    value, to = (g, u)[n - 1] if n else silu_product(g, u), own.right(c, HALF)
+                    store_chunk(value, to, out_blocks, out_bytes, ys[n], turn)
 
             cut = _cut(part, plan.overlap, dtype)
-            consume(ring, mine, locate, multiply, store, **cut)
+            consume(ring, mine, locate, multiply, store, **cut, results=results)
 
     rhs = (part, STEP) if transposed else (STEP, part)
-    out = jax.ShapeDtypeStruct((R, N), dtype)
+    out = (jax.ShapeDtypeStruct((R, N), dtype),) * outs
     table = tiles.expert_P, tiles.start_P, tiles.end_P, tiles.first_P, tiles.next_P
-    scratch = _scratch(plan, rhs, halves, dtype, interpret)
-    return grid.call(body, out, scratch)(x_RK, w_EDF, *table)
+    scratch = _scratch(plan, rhs, halves, blocks, dtype, interpret)
+    return grid.call(body, out, scratch)(*xs, *ws, *table)
 
 
 @struct.dataclass
@@ -310,19 +440,37 @@ def rows_by_rows(
 ) -> jax.Array:
     """dw[E, D, F]: for each group, its rows of x transposed times its rows of g; zeros for an empty
     one.
+    """
+    D, F = x_RD.shape[1], g_RF.shape[1]
+    plan = plan or tuned("rows_by_rows", plan_for(F), D=D, F=F)
+    return rows_by_all(x_RD, (g_RF,), tiles, plan=plan, interpret=interpret)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "interpret"))
+def rows_by_all(
+    x_RD: jax.Array,
+    gs: tuple[jax.Array, ...],
+    tiles: Tiles,
+    *,
+    plan: Plan,
+    interpret: Any = None,
+) -> tuple[jax.Array, ...]:
+    """`rows_by_rows` of one x and each g, of one shape. The columns of a tile are shared: rows of x
+    are loaded once for all.
 
     Steps of 64 rows begin at a multiple of 8, so the first and the last hold rows of neighbours:
     those of x are zeroed in shared memory.
     """
-    D, F, E = x_RD.shape[1], g_RF.shape[1], tiles.rows_E.shape[0]
-    plan = plan or tuned("rows_by_rows", plan_for(F), D=D, F=F)
+    D, F, E, results = x_RD.shape[1], gs[0].shape[1], tiles.rows_E.shape[0], len(gs)
+    width = plan.columns // results
     # No group has fewer steps than a tile is stored over: short ones would multiply zeros.
     overlap = min(plan.overlap, max(1, x_RD.shape[0] // (E * STEP)))
     plan = dataclasses.replace(plan, overlap=overlap)
-    d_tiles, f_tiles = pl.cdiv(D, ROWS), pl.cdiv(F, plan.columns)
+    d_tiles, f_tiles = pl.cdiv(D, ROWS), pl.cdiv(F, width)
     least, grid = max(1, plan.overlap), Grid(interpret)
 
-    def body(x, g, rows_E, end_E, dw, *, lhs, rhs, out, full, empty):
+    def body(x, *refs, lhs, rhs, out, full, empty):
+        g, rows_E, end_E, dws = refs[:results], *refs[results : results + 2], refs[results + 2 :]
         ring = Ring(plan.stages, full, empty)
         lhs_blocks = views(lhs, interpret)[0]
         out_blocks, out_bytes = views(out, interpret)
@@ -337,7 +485,7 @@ def rows_by_rows(
             base = pl.multiple_of(lax.div(start, 8) * 8, 8)
             steps = jnp.maximum(lax.div(end - base + (STEP - 1), STEP), least)
             d, f = lax.rem(within, d_tiles), lax.div(within, d_tiles)
-            place = Place(d * ROWS, f * plan.columns, D - d * ROWS, expert < 0, expert)
+            place = Place(d * ROWS, f * width, D - d * ROWS, expert < 0, expert)
             return steps, place, _GroupContext(base, start, end, end_E[E - 1])
 
         @pl.when(wg == PRODUCER)
@@ -346,7 +494,7 @@ def rows_by_rows(
 
             def tile(j, i):
                 steps, place, context = locate(j)
-                columns = pl.ds(pl.multiple_of(place.column, plan.columns), plan.columns)
+                columns = pl.ds(pl.multiple_of(place.column, width), width)
 
                 def load(k, i):
                     slot = ring.claim(i)
@@ -356,7 +504,9 @@ def rows_by_rows(
                         plgpu.copy_gmem_to_smem(
                             x.at[rows, inner], lhs_blocks.at[slot * 2 + half], full.at[slot]
                         )
-                    plgpu.copy_gmem_to_smem(g.at[rows, columns], rhs.at[slot], full.at[slot])
+                    for n in range(results):
+                        block = rhs.at[slot * results + n]
+                        plgpu.copy_gmem_to_smem(g[n].at[rows, columns], block, full.at[slot])
                     return i + 1
 
                 return lax.fori_loop(jnp.int32(0), steps, load, i)
@@ -367,18 +517,24 @@ def rows_by_rows(
         def _():
             plgpu.set_max_registers(232, action="increase")
 
-            def multiply(acc, slot, k, context):
+            def multiply(accs, slot, k, context):
                 a = lhs_blocks.at[slot * 2 + wg]
                 context.mask(a, k, rhs=False)
-                context.mask(rhs.at[slot], k, rhs=True)
-                plgpu.wgmma(acc, a.transpose((1, 0)), rhs.at[slot])
+                for n, acc in enumerate(accs):
+                    b = rhs.at[slot * results + n]
+                    context.mask(b, k, rhs=True)
+                    plgpu.wgmma(acc, a.transpose((1, 0)), b)
 
             def store(values, place, *part_of):
-                store_rows(values, place.lower(wg), out_blocks, out_bytes, dw, part_of=part_of)
+                own = place.lower(wg)
+                for turn in chunks(results * width // HALF, *part_of):
+                    c, n = divmod(turn, results)
+                    value, to = values[n][:, c * HALF : (c + 1) * HALF], own.right(c, HALF)
+                    store_chunk(value, to, out_blocks, out_bytes, dws[n], turn)
 
-            cut = _cut(plan.columns, plan.overlap, dw.dtype)
-            consume(ring, mine, locate, multiply, store, **cut)
+            cut = _cut(width, plan.overlap, x_RD.dtype)
+            consume(ring, mine, locate, multiply, store, **cut, results=results)
 
-    out = jax.ShapeDtypeStruct((E, D, F), x_RD.dtype)
-    scratch = _scratch(plan, (STEP, plan.columns), 2, x_RD.dtype, interpret)
-    return grid.call(body, out, scratch)(x_RD, g_RF, tiles.rows_E, tiles.end_E)
+    out = (jax.ShapeDtypeStruct((E, D, F), x_RD.dtype),) * results
+    scratch = _scratch(plan, (STEP, width), 2, results, x_RD.dtype, interpret)
+    return grid.call(body, out, scratch)(x_RD, *gs, tiles.rows_E, tiles.end_E)

@@ -167,13 +167,13 @@ def product(
         def _():
             plgpu.set_max_registers(232, action="increase")
 
-            def multiply(acc, slot, s, context):
+            def multiply(accs, slot, s, context):
                 block, (row, amount) = a.at[slot * 2 + wg], context
                 if shifted:
                     pl.when(s * STEP == row)(functools.partial(_add_diagonal, block, amount))
                 part = b.at[slot]
                 plgpu.wgmma(
-                    acc,
+                    accs[0],
                     block.transpose((1, 0)) if lhs_t else block,
                     part.transpose((1, 0)) if rhs_t else part,
                 )
@@ -191,7 +191,8 @@ def product(
                 return sums.astype(dtype)
 
             def store(values, place, *part_of):
-                _store(values, place, out, out_ref, chunks(columns // HALF, *part_of), symmetric)
+                which = chunks(columns // HALF, *part_of)
+                _store(values[0], place, out, out_ref, which, symmetric)
 
             zero = jnp.int32(0)
             consume(

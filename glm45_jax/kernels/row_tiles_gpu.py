@@ -182,9 +182,11 @@ class Grid:
         return lax.axis_index("cta") + j * self.ctas
 
     def call(
-        self, body: Any, out: jax.ShapeDtypeStruct, scratch: dict[str, Any], threads: int = 3
+        self, body: Any, out: Any, scratch: dict[str, Any], threads: int = 3
     ) -> Any:
-        """The kernel, to be called with its arrays. threads: warpgroups of a CTA."""
+        """The kernel, to be called with its arrays. out: of one result, or a tuple. threads:
+        warpgroups of a CTA.
+        """
         return plgpu.kernel(
             body,
             out_type=out,
@@ -230,25 +232,26 @@ def consume(
     dtype: Any,
     nowhere: Place,
     finish: Any = None,
+    results: int = 1,
 ) -> None:
     """The loop of a consumer over its tiles of 64 rows: each is stored over the first `overlap`
     steps of the next, a part after each step is issued; at once with 0.
 
-    locate(j) -> (steps, place, context), steps >= max(1, overlap). multiply(acc, slot, k, context)
-    issues the wgmma of one step. finish(sums, place, context) -> the values to store, of `dtype`;
-    without it they are rounded sums. store(values, place, part, parts) writes part `part` of them.
-    nowhere: a place, for its types.
+    results: sums of `columns` columns that a step adds to, by a wgmma each. locate(j) -> (steps,
+    place, context), steps >= max(1, overlap). multiply(accs, slot, k, context) issues them.
+    finish(sums, place, context) -> what to store of one, of `dtype`; without it, rounded sums.
+    store(values, place, part, parts) writes part `part` of all. nowhere: a place, for its types.
     """
 
     def tile(j, carry):
         i, before, values = carry
         steps, place, context = locate(j)
 
-        def accumulate(acc):
+        def accumulate(*accs):
             for k in range(overlap):
-                multiply(acc, ring.wait(i + k), jnp.int32(k), context)
+                multiply(accs, ring.wait(i + k), jnp.int32(k), context)
                 if k:
-                    plgpu.wgmma_wait(1)
+                    plgpu.wgmma_wait(results)
                     ring.release(i + k - 1)
 
                 @pl.when(j > 0)
@@ -256,25 +259,26 @@ def consume(
                     store(values, before, k, overlap)
 
             def step(k, _):
-                multiply(acc, ring.wait(i + k), k, context)
-                plgpu.wgmma_wait(1)
+                multiply(accs, ring.wait(i + k), k, context)
+                plgpu.wgmma_wait(results)
                 if overlap:
                     ring.release(i + k - 1)
                 else:
                     pl.when(k > 0)(lambda: ring.release(i + k - 1))
 
             lax.fori_loop(jnp.int32(overlap), steps, step, None)
-            return acc[...]
+            return tuple(acc[...] for acc in accs)
 
-        sums = pl.run_scoped(accumulate, plgpu.ACC((HALF, columns)))
+        sums = pl.run_scoped(accumulate, *(plgpu.ACC((HALF, columns)) for _ in range(results)))
         ring.release(i + steps - 1)
-        values = finish(sums, place, context) if finish else sums.astype(dtype)
+        rounded = finish or (lambda x, *_: x.astype(dtype))
+        values = tuple(rounded(x, place, context) for x in sums)
         if not overlap:
             store(values, place, 0, 1)
         return i + steps, place, values
 
     nothing = plgpu.layout_cast(jnp.zeros((HALF, columns), dtype), plgpu.Layout.WGMMA)
-    zero = jnp.int32(0)
+    nothing, zero = (nothing,) * results, jnp.int32(0)
     _, place, values = lax.fori_loop(zero, n_tiles, tile, (zero, nowhere, nothing))
     if overlap:
 
@@ -299,46 +303,56 @@ def store_rows(
     slots: int = SLOTS,
     part_of: tuple[int, int] = (0, 1),
 ) -> None:
-    """Writes a consumer's 64 rows in chunks of 128 bytes, by TMA, `slots` at once; of a short
-    group just its rows. part_of: as `chunks` has them.
+    """Writes a consumer's 64 rows in chunks of 128 bytes, `slots` on their way at once. part_of: as
+    `chunks` has them.
     """
-    wg, width = lax.axis_index("wg"), blocks.shape[-1]
+    width = blocks.shape[-1]
+    for c in chunks(values.shape[1] // width, *part_of):
+        to = place.right(c, width)
+        store_chunk(values[:, c * width : (c + 1) * width], to, blocks, bytes_of, target, c, slots)
+
+
+def store_chunk(
+    value: Any, place: Place, blocks: Any, bytes_of: Any, target: Any, turn: int, slots: int = SLOTS
+) -> None:
+    """Writes 64 rows of 128 bytes by TMA, through slot turn % slots; of a short group just its
+    rows.
+    """
     if target.ndim == 3:
         target = target.at[place.matrix]
+    width, block = blocks.shape[-1], lax.axis_index("wg") * slots + turn % slots
     valid, row = jnp.clip(place.rows, 0, HALF), place.row
-    for c in chunks(values.shape[1] // width, *part_of):
-        block = wg * slots + c % slots
-        columns = pl.ds(pl.multiple_of(place.column + c * width, width), width)
-        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-        blocks[block] = values[:, c * width : (c + 1) * width]
+    columns = pl.ds(pl.multiple_of(place.column, width), width)
+    plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+    blocks[block] = value
 
-        if place.zeros is not None:
-            # Not by a select of the sums: ptxas then takes them for read while wgmma runs (C7514)
-            # and waits after every step.
-            @pl.when(place.zeros)
-            def _(block=block):
-                blocks[block] = jnp.zeros((HALF, width), values.dtype)
+    if place.zeros is not None:
+        # Not by a select of the sums: ptxas then takes them for read while wgmma runs (C7514)
+        # and waits after every step.
+        @pl.when(place.zeros)
+        def _():
+            blocks[block] = jnp.zeros((HALF, width), value.dtype)
 
-        plgpu.commit_smem()
+    plgpu.commit_smem()
 
-        @pl.when(valid == HALF)
-        def _(block=block, columns=columns):
-            to = target.at[pl.ds(row, HALF), columns]
-            plgpu.copy_smem_to_gmem(bytes_of(block, 0, HALF), to, commit_group=False)
+    @pl.when(valid == HALF)
+    def _():
+        to = target.at[pl.ds(row, HALF), columns]
+        plgpu.copy_smem_to_gmem(bytes_of(block, 0, HALF), to, commit_group=False)
 
-        @pl.when(valid < HALF)
-        def _(block=block, columns=columns):
-            done = jnp.int32(0)
-            for n in (32, 16, 8, 4, 2, 1):
-                # TMA shapes are static: the set bits of `valid`, largest first.
-                @pl.when((valid & n) != 0)
-                def _(n=n, done=done):
-                    to = target.at[pl.ds(row + done, n), columns]
-                    plgpu.copy_smem_to_gmem(bytes_of(block, done, n), to, commit_group=False)
+    @pl.when(valid < HALF)
+    def _():
+        done = jnp.int32(0)
+        for n in (32, 16, 8, 4, 2, 1):
+            # TMA shapes are static: the set bits of `valid`, largest first.
+            @pl.when((valid & n) != 0)
+            def _(n=n, done=done):
+                to = target.at[pl.ds(row + done, n), columns]
+                plgpu.copy_smem_to_gmem(bytes_of(block, done, n), to, commit_group=False)
 
-                done = done + (valid & n)
+            done = done + (valid & n)
 
-        plgpu.commit_smem_to_gmem_group()
+    plgpu.commit_smem_to_gmem_group()
 
 
 def load_rows(

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 from glm45_jax import sharding
 from glm45_jax.kernels.dispatch import say_once
 from glm45_jax.kernels.fp8 import is_fp8
+from glm45_jax.kernels.grouped_matmul import products
 from glm45_jax.kernels.routing import Routing, combine, count_rows, inverse, permute
 from glm45_jax.model.slots import Apply, by_expert, collect, in_passes, move, overlap, within
 
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 GATHER_INSIDE = ("gpu", "tpu")
 
 Matmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Gated = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @struct.dataclass
@@ -129,17 +131,20 @@ def mixture(
     top_k: int,
     route: Callable[..., Routing],
     matmul: Matmul,
+    gated: Gated | None = None,
     routes_BTA: jax.Array | None = None,
 ) -> Mixed:
     """The routed experts of every token: x[B/batch, T/seq, D] -> y[B/batch, T/seq, D].
 
     On a mesh by `Rules.exchange`. valid_BT: bool; where False a token meets its experts and is
-    counted in no load. routes_BTA: experts to take in place of the router's, see
-    `kernels.routing.route`.
+    counted in no load. gated: silu(gate x) * up x; by `matmul` if None. routes_BTA: experts to take
+    in place of the router's, see `kernels.routing.route`.
 
     Raises: ValueError where the experts do not divide, or the exchange cannot run on these devices.
     """
-    body = functools.partial(_mixture, route=route, apply=functools.partial(swiglu, matmul=matmul))
+    gated = gated or functools.partial(products, matmul=matmul)
+    apply = functools.partial(swiglu, matmul=matmul, gated=gated)
+    body = functools.partial(_mixture, route=route, apply=apply)
     ambient = sharding.current()
     if ambient is None:
         alone = dict(lay=Layout(), exchange=GatherWeights())
@@ -201,11 +206,11 @@ def _mixture(
     return Mixed(y_mD.astype(x_btD.dtype).reshape(b, t, D), load_E, spilled)
 
 
-def swiglu(x_PD: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, matmul: Matmul) -> jax.Array:
+def swiglu(
+    x_PD: jax.Array, w: ExpertWeights, rows_E: jax.Array, *, matmul: Matmul, gated: Gated
+) -> jax.Array:
     """down(silu(gate x) * up x) of rows grouped by expert."""
-    gate_PF = matmul(x_PD, w.gate_EDF, rows_E)
-    up_PF = matmul(x_PD, w.up_EDF, rows_E)
-    return matmul(jax.nn.silu(gate_PF) * up_PF, w.down_EFD, rows_E)
+    return matmul(gated(x_PD, w.gate_EDF, w.up_EDF, rows_E), w.down_EFD, rows_E)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from glm45_jax import sharding
 from glm45_jax.kernels import fp8
 from glm45_jax.kernels.fp8_matmul import grouped_matmul_fp8
-from glm45_jax.kernels.grouped_matmul import grouped_matmul
+from glm45_jax.kernels.grouped_matmul import gated_matmul, grouped_matmul
 from glm45_jax.kernels.linear import linear, linears
 from glm45_jax.kernels.routing import route
 from glm45_jax.model.expert_parallel import ExpertWeights, mixture
@@ -159,7 +159,8 @@ class Moe:
         weights = ExpertWeights(
             *(fp8.cast(w, x_BTD.dtype) for w in (p.gate_EDF, p.up_EDF, p.down_EFD))
         )
-        matmul = grouped_matmul_fp8 if fp8.is_fp8(p.gate_EDF) else grouped_matmul
+        quantized = fp8.is_fp8(p.gate_EDF)
+        matmul = grouped_matmul_fp8 if quantized else grouped_matmul
         mixed = mixture(
             x_BTD,
             logits_BTE,
@@ -177,6 +178,7 @@ class Moe:
                 impl=impl_route,
             ),
             matmul=functools.partial(matmul, impl=impl_matmul),
+            gated=None if quantized else functools.partial(gated_matmul, impl=impl_matmul),
             routes_BTA=routes_BTA,
         )
         balance_B = _over_rows(functools.partial(balance, top_k=self.top_k))(

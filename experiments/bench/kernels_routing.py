@@ -33,7 +33,7 @@ from experiments.bench.kernels import (
 )
 from experiments.bench.results import device_name, merge_result
 from glm45_jax.kernels import routing, routing_gpu
-from glm45_jax.kernels.grouped_matmul import gated_matmul, grouped_matmul, products
+from glm45_jax.kernels.grouped_matmul import fused, gated_matmul, grouped_matmul
 from glm45_jax.model.expert_parallel import ExpertWeights, mixture
 
 LOOPS = 20
@@ -270,9 +270,9 @@ def block_rows(tokens: int) -> list[dict[str, Any]]:
     backward: dict[str, Callable[[], Contender]] = {}
     ours: dict[str, Callable[..., Any]] = {
         "glm45_jax": functools.partial(block, "auto", gated_matmul),
-        "glm45_jax, gate and up apart": functools.partial(block, "auto", products),
     }
     if not routing_gpu.refuses_places(x):
+        ours["glm45_jax, gate and up fused"] = functools.partial(block, "auto", fused)
         ours["glm45_jax, routing mosaic"] = functools.partial(block, "mosaic", gated_matmul)
     for name, run in ours.items():
         forward[name] = functools.partial(of_jax, run, *args)

@@ -183,13 +183,28 @@ def _gated_fwd(x_RD, gate_EDF, up_EDF, tiles: Tiles, interpret):
 
 def _gated_bwd(interpret, saved, dh_RF):
     x_RD, gate_EDF, up_EDF, tiles, g_RF, u_RF = saved
-    d = jax.vjp(silu_product, g_RF, u_RF)[1](dh_RF)
+    d = _silu_product_bwd(g_RF, u_RF, dh_RF)
     dx_RD = rows_by_sum(d, (gate_EDF, up_EDF), tiles, interpret=interpret)
     plan = Plan(256, 4, 4)
     return dx_RD, *rows_by_all(x_RD, d, tiles, plan=plan, interpret=interpret), None
 
 
 _gated.defvjp(_gated_fwd, _gated_bwd)
+
+
+def silu_product(g: jax.Array, u: jax.Array) -> jax.Array:
+    """silu(g) * u, in float32 inside. Where exp(-g) is infinite it is -0; its derivative by jax
+    would be NaN there.
+    """
+    g32 = g.astype(jnp.float32)
+    return (g32 / (1 + jnp.exp(-g32)) * u.astype(jnp.float32)).astype(g.dtype)
+
+
+def _silu_product_bwd(g: jax.Array, u: jax.Array, dh: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradients of g and u, in float32 inside."""
+    g32, u32, dh32 = (a.astype(jnp.float32) for a in (g, u, dh))
+    s = jax.nn.sigmoid(g32)
+    return (dh32 * u32 * s * (1 + g32 * (1 - s))).astype(g.dtype), (dh32 * g32 * s).astype(u.dtype)
 
 
 def plan_for(columns: int, rows: int = ROWS) -> Plan:
@@ -274,12 +289,6 @@ def rows_by_gate_and_up(
     ws = gate_EDF, up_EDF
     plan = Plan(256, 4, 4 if keep else 2)
     return _rows_by_matrices((x_RD,), ws, tiles, keep=keep, plan=plan, interpret=interpret)
-
-
-def silu_product(g: jax.Array, u: jax.Array) -> jax.Array:
-    """silu(g) * u, in float32 inside."""
-    g32 = g.astype(jnp.float32)
-    return (g32 / (1 + jnp.exp(-g32)) * u.astype(jnp.float32)).astype(g.dtype)
 
 
 def _rows_by_matrices(

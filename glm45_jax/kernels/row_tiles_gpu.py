@@ -181,9 +181,7 @@ class Grid:
         """Its j-th."""
         return lax.axis_index("cta") + j * self.ctas
 
-    def call(
-        self, body: Any, out: Any, scratch: dict[str, Any], threads: int = 3
-    ) -> Any:
+    def call(self, body: Any, out: Any, scratch: dict[str, Any], threads: int = 3) -> Any:
         """The kernel, to be called with its arrays. out: of one result, or a tuple. threads:
         warpgroups of a CTA.
         """

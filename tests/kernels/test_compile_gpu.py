@@ -53,7 +53,7 @@ NAMES = sorted(
     [f"attention {name}" for name in attentions()]
     + [f"attention fused {name}" for name in FUSED]
     + [f"decode {name}" for name in large(DECODE)]
-    + [f"{op} {name}" for name in large(GROUPED) for op in ("grouped", "grouped fp8")]
+    + [f"{op} {name}" for name in large(GROUPED) for op in ("grouped", "gated", "grouped fp8")]
     + [f"{op} {name}" for name in large(ROUTING) for op in ("route", "copies")]
     + [f"fp8 {name}" for name in WIDE]
     + [f"newton_schulz {name}" for name in large(NEWTON_SCHULZ)]
@@ -80,7 +80,7 @@ def main() -> None:
     from glm45_jax.kernels.decode_attention import decode_attention
     from glm45_jax.kernels.fp8 import to_fp8
     from glm45_jax.kernels.fp8_matmul import fp8_matmul, grouped_matmul_fp8
-    from glm45_jax.kernels.grouped_matmul import grouped_matmul
+    from glm45_jax.kernels.grouped_matmul import gated_matmul, grouped_matmul
     from glm45_jax.kernels.newton_schulz import newton_schulz
 
     devices = targets.topology(targets.parse(TARGET)).devices
@@ -139,7 +139,12 @@ def main() -> None:
         run = lambda x, w, rows: both_ways(  # noqa: E731
             lambda x, w: grouped_matmul(x, w, rows, impl="mosaic"), x, w
         )
-        report(f"grouped {name}", run, x, of((s.E, s.D, s.F), half), rows)
+        w = of((s.E, s.D, s.F), half)
+        report(f"grouped {name}", run, x, w, rows)
+        run = lambda x, gate, up, rows: both_ways(  # noqa: E731
+            lambda *some: gated_matmul(*some, rows, impl="mosaic"), x, gate, up
+        )
+        report(f"gated {name}", run, x, w, w, rows)
         run = functools.partial(grouped_matmul_fp8, impl="mosaic")
         report(f"grouped fp8 {name}", run, x, quantized((s.E, s.D, s.F)), rows)
     for name, s in large(ROUTING).items():

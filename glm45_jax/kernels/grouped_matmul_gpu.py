@@ -391,8 +391,11 @@ def _rows_by_matrices(
                 for turn in chunks(outs * width // HALF, *part_of):
                     c, n = divmod(turn, outs)
                     g, u = (v[:, c * HALF : (c + 1) * HALF] for v in values)
-                    value, to = (g, u)[n - 1] if n else silu_product(g, u), own.right(c, HALF)
-                    store_chunk(value, to, out_blocks, out_bytes, ys[n], turn)
+                    value, block = (
+                        (g, u)[n - 1] if n else silu_product(g, u),
+                        wg * SLOTS + turn % SLOTS,
+                    )
+                    store_chunk(value, own.right(c, HALF), block, out_blocks, out_bytes, ys[n])
 
             cut = _cut(part, plan.overlap, dtype)
             consume(ring, mine, locate, multiply, store, **cut, results=results)
@@ -538,8 +541,11 @@ def rows_by_all(
                 own = place.lower(wg)
                 for turn in chunks(results * width // HALF, *part_of):
                     c, n = divmod(turn, results)
-                    value, to = values[n][:, c * HALF : (c + 1) * HALF], own.right(c, HALF)
-                    store_chunk(value, to, out_blocks, out_bytes, dws[n], turn)
+                    value, block = (
+                        values[n][:, c * HALF : (c + 1) * HALF],
+                        wg * SLOTS + turn % SLOTS,
+                    )
+                    store_chunk(value, own.right(c, HALF), block, out_blocks, out_bytes, dws[n])
 
             cut = _cut(width, plan.overlap, x_RD.dtype)
             consume(ring, mine, locate, multiply, store, **cut, results=results)

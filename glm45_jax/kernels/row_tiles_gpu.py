@@ -304,21 +304,28 @@ def store_rows(
     """Writes a consumer's 64 rows in chunks of 128 bytes, `slots` on their way at once. part_of: as
     `chunks` has them.
     """
-    width = blocks.shape[-1]
+    wg, width = lax.axis_index("wg"), blocks.shape[-1]
     for c in chunks(values.shape[1] // width, *part_of):
-        to = place.right(c, width)
-        store_chunk(values[:, c * width : (c + 1) * width], to, blocks, bytes_of, target, c, slots)
+        value, block = values[:, c * width : (c + 1) * width], wg * slots + c % slots
+        store_chunk(value, place.right(c, width), block, blocks, bytes_of, target, slots)
 
 
 def store_chunk(
-    value: Any, place: Place, blocks: Any, bytes_of: Any, target: Any, turn: int, slots: int = SLOTS
+    value: Any,
+    place: Place,
+    block: Any,
+    blocks: Any,
+    bytes_of: Any,
+    target: Any,
+    slots: int = SLOTS,
 ) -> None:
-    """Writes 64 rows of 128 bytes by TMA, through slot turn % slots; of a short group just its
-    rows.
+    """Writes 64 rows of 128 bytes by TMA, through this block; of a short group just its rows.
+
+    A consumer's blocks are its `slots` in turns.
     """
     if target.ndim == 3:
         target = target.at[place.matrix]
-    width, block = blocks.shape[-1], lax.axis_index("wg") * slots + turn % slots
+    width = blocks.shape[-1]
     valid, row = jnp.clip(place.rows, 0, HALF), place.row
     columns = pl.ds(pl.multiple_of(place.column, width), width)
     plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)

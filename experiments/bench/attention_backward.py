@@ -24,7 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench.kernels_attention import Case, draw, measure_torch, median_ms
+from experiments.bench.kernels_attention import (
+    Case,
+    draw,
+    forward_and_backward,
+    measure_torch,
+    median_ms,
+)
 from experiments.bench.seconds import BEGAN, said
 from glm45_jax.kernels.attention import attention
 from glm45_jax.kernels.attention_gpu import Tuning, flash_attention
@@ -131,13 +137,7 @@ def measured(part: Part) -> Iterator[str]:
     forward, nominal = case.flops(backward=False), "TFLOP/s"
     ms = median_ms(run, jax.block_until_ready, repeats)
     yield f"backward {ms:.3f} ms {2.5 * forward / ms / 1e9:.1f} {nominal}"
-    *args, cotangent = inputs(case)
-
-    def both(q, k, v, cotangent):
-        out, pull = jax.vjp(op(case, way), q, k, v)
-        return out, pull(cotangent)
-
-    call = functools.partial(jax.jit(both), *args, cotangent)
+    call = functools.partial(forward_and_backward(op(case, way)), *inputs(case))
     ms = median_ms(call, jax.block_until_ready, repeats)
     yield f"fwd+bwd {ms:.3f} ms {3.5 * forward / ms / 1e9:.1f} {nominal}"
     if isinstance(way, Tuning) and way != TWO:

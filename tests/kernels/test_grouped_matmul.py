@@ -175,12 +175,12 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_in_the_interpreter(sizes, r
     assert_rounded_once((out, *pull(g)), exact)
 
 
-def draw_gated(sizes, D, F, R=272):
+def draw_gated(sizes, D, F, R=272, seed=0):
     """Arguments of `gated_matmul`, a cotangent, and the value and gradients by hand in float64, of
     gate's and up's products rounded to bfloat16.
     """
-    (x, gate, sizes, g), (gated, *_) = draw_half(sizes, D, F, R)
-    (_, up, *_), _ = draw_half(sizes, D, F, R, seed=1)
+    (x, gate, sizes, g), (gated, *_) = draw_half(sizes, D, F, R, seed)
+    (_, up, *_), _ = draw_half(sizes, D, F, R, seed + 1)
     gate, gated = 16 * gate, 16 * gated  # exp of their sums is no float32
     x64, gate64, up64, g64 = (np.asarray(a, np.float64) for a in (x, gate, up, g))
     z, u = (
@@ -212,6 +212,19 @@ def test_the_fused_gated_product_equals_two_and_silu_in_the_interpreter(sizes):
     ours = gated_both_ways(run, *args)
     assert_near(ours, exact)
     np.testing.assert_array_equal(run(*args[:4]), ours[0])  # alone it keeps less, not other bits
+
+
+@hypothesis.settings(max_examples=4)
+@hypothesis.given(st.lists(st.integers(0, 200), min_size=8, max_size=8), st.integers(0, 9))
+def test_the_kernels_for_hopper_take_any_sizes_of_groups(sizes, seed):
+    interpret = plgpu.InterpretGPUParams()
+    (x, gate, up, sizes, g), exact = draw_gated(clip(sizes, 272), D=128, F=128, seed=seed)
+    run = functools.partial(gpu.gated_matmul, interpret=interpret)
+    assert_near(gated_both_ways(run, x, gate, up, sizes, g), exact)
+    ours = by_plans(x, gate, sizes, g, gpu.plan_for(128), interpret)
+    w64, g64 = np.asarray(gate, np.float64), np.asarray(g, np.float64)
+    y, dx = by_hand(np.asarray(x, np.float64), w64, sizes), by_hand(g64, w64.swapaxes(1, 2), sizes)
+    assert_near(ours, (y, dx, gradient_by_hand(np.asarray(x, np.float64), g64, sizes)))
 
 
 def test_the_fused_gated_product_says_what_it_cannot_take():

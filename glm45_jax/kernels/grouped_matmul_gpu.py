@@ -391,10 +391,8 @@ def _rows_by_matrices(
                 for turn in chunks(outs * width // HALF, *part_of):
                     c, n = divmod(turn, outs)
                     g, u = (v[:, c * HALF : (c + 1) * HALF] for v in values)
-                    value, block = (
-                        (g, u)[n - 1] if n else silu_product(g, u),
-                        wg * SLOTS + turn % SLOTS,
-                    )
+                    value = (g, u)[n - 1] if n else silu_product(g, u)
+                    block = wg * SLOTS + turn % SLOTS
                     store_chunk(value, own.right(c, HALF), block, out_blocks, out_bytes, ys[n])
 
             cut = _cut(part, plan.overlap, dtype)
@@ -475,7 +473,8 @@ def rows_by_all(
     """
     D, F, E, results = x_RD.shape[1], gs[0].shape[1], tiles.rows_E.shape[0], len(gs)
     width = plan.columns // results
-    # No group has fewer steps than a tile is stored over: short ones would multiply zeros.
+    # A tile takes as many steps as it is stored over, at least: those that its group does not have
+    # multiply zeros.
     overlap = min(plan.overlap, max(1, x_RD.shape[0] // (E * STEP)))
     plan = dataclasses.replace(plan, overlap=overlap)
     d_tiles, f_tiles = pl.cdiv(D, ROWS), pl.cdiv(F, width)
@@ -541,10 +540,8 @@ def rows_by_all(
                 own = place.lower(wg)
                 for turn in chunks(results * width // HALF, *part_of):
                     c, n = divmod(turn, results)
-                    value, block = (
-                        values[n][:, c * HALF : (c + 1) * HALF],
-                        wg * SLOTS + turn % SLOTS,
-                    )
+                    value = values[n][:, c * HALF : (c + 1) * HALF]
+                    block = wg * SLOTS + turn % SLOTS
                     store_chunk(value, own.right(c, HALF), block, out_blocks, out_bytes, dws[n])
 
             cut = _cut(width, plan.overlap, x_RD.dtype)

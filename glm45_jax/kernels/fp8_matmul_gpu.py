@@ -305,7 +305,7 @@ def rows_by_fp8(
 
                 total = lax.fori_loop(jnp.int32(0), steps, step, _zeros(part)).astype(dtype)
                 to = own.replace(matrix=split)
-                store_rows(total, to, out_blocks, out_bytes, y, slots=1)
+                store_rows((total,), to, out_blocks, out_bytes, (y,), slots=1)
                 return i + steps
 
             lax.fori_loop(jnp.int32(0), mine, tile, jnp.int32(0))

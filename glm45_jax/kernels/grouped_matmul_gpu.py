@@ -30,12 +30,10 @@ from glm45_jax.kernels.row_tiles_gpu import (
     Place,
     Ring,
     Tiles,
-    chunks,
     consume,
     lay_bands,
     lay_tiles,
     load_rows,
-    store_chunk,
     store_rows,
     tile_rows,
     tiling,
@@ -185,8 +183,7 @@ def _gated_bwd(interpret, saved, dh_RF):
     x_RD, gate_EDF, up_EDF, tiles, g_RF, u_RF = saved
     d = _silu_product_bwd(g_RF, u_RF, dh_RF)
     dx_RD = rows_by_sum(d, (gate_EDF, up_EDF), tiles, interpret=interpret)
-    plan = Plan(256, 4, 4)
-    return dx_RD, *rows_by_all(x_RD, d, tiles, plan=plan, interpret=interpret), None
+    return dx_RD, *rows_by_all(x_RD, d, tiles, plan=Plan(), interpret=interpret), None
 
 
 _gated.defvjp(_gated_fwd, _gated_bwd)
@@ -198,6 +195,11 @@ def silu_product(g: jax.Array, u: jax.Array) -> jax.Array:
     """
     g32 = g.astype(jnp.float32)
     return (g32 / (1 + jnp.exp(-g32)) * u.astype(jnp.float32)).astype(g.dtype)
+
+
+def _gated_first(n: int, g: jax.Array, u: jax.Array) -> jax.Array:
+    """Of (silu(g) * u, g, u)."""
+    return (g, u)[n - 1] if n else silu_product(g, u)
 
 
 def _silu_product_bwd(g: jax.Array, u: jax.Array, dh: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -231,11 +233,10 @@ def _scratch(
     }
 
 
-def _cut(columns: int, overlap: int, dtype: Any) -> dict[str, Any]:
-    """Keywords of `consume`, whose places say where zeros go."""
+def _nowhere() -> Place:
+    """A place as `locate` gives them."""
     zero = jnp.int32(0)
-    nowhere = Place(zero, zero, zero, zero > 0, zero)
-    return {"columns": columns, "overlap": overlap, "dtype": dtype, "nowhere": nowhere}
+    return Place(zero, zero, zero, zero > 0, zero)
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype", "plan", "interpret"))
@@ -287,7 +288,7 @@ def rows_by_gate_and_up(
     ROWS. A tile has 128 columns of each product: rows are loaded once for both.
     """
     ws = gate_EDF, up_EDF
-    plan = Plan(256, 4, 4 if keep else 2)
+    plan = Plan(overlap=4 if keep else 2)
     return _rows_by_matrices((x_RD,), ws, tiles, keep=keep, plan=plan, interpret=interpret)
 
 
@@ -350,7 +351,7 @@ def _rows_by_matrices(
                     inner = pl.ds(pl.multiple_of(k * STEP, STEP), STEP)
                     load_rows(x, inner, place, lhs_bytes, slot, halves, full.at[slot])
                     for b in range(blocks):
-                        column = place.column if results > 1 else place.column + b * part
+                        column = place.column + b // results * part
                         columns = pl.ds(pl.multiple_of(column, part), part)
                         index = (columns, inner) if transposed else (inner, columns)
                         w, block = ws[b % results], rhs.at[slot * blocks + b]
@@ -385,18 +386,24 @@ def _rows_by_matrices(
 
             def store(values, place, *part_of):
                 own = place.lower(wg) if halves == 2 else place.right(wg, part)
+                rows = values, own, out_blocks, out_bytes, ys
                 if results == 1:
-                    store_rows(values[0], own, out_blocks, out_bytes, ys[0], part_of=part_of)
-                    return
-                for turn in chunks(outs * width // HALF, *part_of):
-                    c, n = divmod(turn, outs)
-                    g, u = (v[:, c * HALF : (c + 1) * HALF] for v in values)
-                    value = (g, u)[n - 1] if n else silu_product(g, u)
-                    block = wg * SLOTS + turn % SLOTS
-                    store_chunk(value, own.right(c, HALF), block, out_blocks, out_bytes, ys[n])
+                    store_rows(*rows, part_of=part_of)
+                else:
+                    store_rows(*rows, part_of=part_of, choose=_gated_first)
 
-            cut = _cut(part, plan.overlap, dtype)
-            consume(ring, mine, locate, multiply, store, **cut, results=results)
+            consume(
+                ring,
+                mine,
+                locate,
+                multiply,
+                store,
+                columns=part,
+                overlap=plan.overlap,
+                dtype=dtype,
+                nowhere=_nowhere(),
+                results=results,
+            )
 
     rhs = (part, STEP) if transposed else (STEP, part)
     out = (jax.ShapeDtypeStruct((R, N), dtype),) * outs
@@ -476,9 +483,8 @@ def rows_by_all(
     # A tile takes as many steps as it is stored over, at least: those that its group does not have
     # multiply zeros.
     overlap = min(plan.overlap, max(1, x_RD.shape[0] // (E * STEP)))
-    plan = dataclasses.replace(plan, overlap=overlap)
     d_tiles, f_tiles = pl.cdiv(D, ROWS), pl.cdiv(F, width)
-    least, grid = max(1, plan.overlap), Grid(interpret)
+    least, grid = max(1, overlap), Grid(interpret)
 
     def body(x, *refs, lhs, rhs, out, full, empty):
         g, rows_E, end_E, dws = refs[:results], *refs[results : results + 2], refs[results + 2 :]
@@ -538,14 +544,20 @@ def rows_by_all(
 
             def store(values, place, *part_of):
                 own = place.lower(wg)
-                for turn in chunks(results * width // HALF, *part_of):
-                    c, n = divmod(turn, results)
-                    value = values[n][:, c * HALF : (c + 1) * HALF]
-                    block = wg * SLOTS + turn % SLOTS
-                    store_chunk(value, own.right(c, HALF), block, out_blocks, out_bytes, dws[n])
+                store_rows(values, own, out_blocks, out_bytes, dws, part_of=part_of)
 
-            cut = _cut(width, plan.overlap, x_RD.dtype)
-            consume(ring, mine, locate, multiply, store, **cut, results=results)
+            consume(
+                ring,
+                mine,
+                locate,
+                multiply,
+                store,
+                columns=width,
+                overlap=overlap,
+                dtype=x_RD.dtype,
+                nowhere=_nowhere(),
+                results=results,
+            )
 
     out = (jax.ShapeDtypeStruct((E, D, F), x_RD.dtype),) * results
     scratch = _scratch(plan, (STEP, width), 2, results, x_RD.dtype, interpret)

@@ -293,71 +293,58 @@ def chunks(n: int, part: int = 0, parts: int = 1) -> range:
 
 
 def store_rows(
-    values: Any,
+    values: tuple[Any, ...],
     place: Place,
     blocks: Any,
     bytes_of: Any,
-    target: Any,
+    targets: tuple[Any, ...],
     slots: int = SLOTS,
     part_of: tuple[int, int] = (0, 1),
+    choose: Any = lambda n, *pieces: pieces[n],
 ) -> None:
-    """Writes a consumer's 64 rows in chunks of 128 bytes, `slots` on their way at once. part_of: as
-    `chunks` has them.
+    """Writes a consumer's 64 rows in chunks of 128 bytes, by TMA, `slots` at once; of a short
+    group just its rows. Targets take turns, chunk by chunk; part_of: as `chunks` has them.
+
+    choose(n, *chunks of all values) -> what target n gets of them; by itself value n.
     """
     wg, width = lax.axis_index("wg"), blocks.shape[-1]
-    for c in chunks(values.shape[1] // width, *part_of):
-        value, block = values[:, c * width : (c + 1) * width], wg * slots + c % slots
-        store_chunk(value, place.right(c, width), block, blocks, bytes_of, target, slots)
-
-
-def store_chunk(
-    value: Any,
-    place: Place,
-    block: Any,
-    blocks: Any,
-    bytes_of: Any,
-    target: Any,
-    slots: int = SLOTS,
-) -> None:
-    """Writes 64 rows of 128 bytes by TMA, through this block; of a short group just its rows.
-
-    A consumer's blocks are its `slots` in turns.
-    """
-    if target.ndim == 3:
-        target = target.at[place.matrix]
-    width = blocks.shape[-1]
     valid, row = jnp.clip(place.rows, 0, HALF), place.row
-    columns = pl.ds(pl.multiple_of(place.column, width), width)
-    plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-    blocks[block] = value
+    for turn in chunks(len(targets) * values[0].shape[1] // width, *part_of):
+        c, n = divmod(turn, len(targets))
+        target = targets[n].at[place.matrix] if targets[n].ndim == 3 else targets[n]
+        value = choose(n, *(v[:, c * width : (c + 1) * width] for v in values))
+        block = wg * slots + turn % slots
+        columns = pl.ds(pl.multiple_of(place.column + c * width, width), width)
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+        blocks[block] = value
 
-    if place.zeros is not None:
-        # Not by a select of the sums: ptxas then takes them for read while wgmma runs (C7514)
-        # and waits after every step.
-        @pl.when(place.zeros)
-        def _():
-            blocks[block] = jnp.zeros((HALF, width), value.dtype)
+        if place.zeros is not None:
+            # Not by a select of the sums: ptxas then takes them for read while wgmma runs (C7514)
+            # and waits after every step.
+            @pl.when(place.zeros)
+            def _(block=block, value=value):
+                blocks[block] = jnp.zeros(value.shape, value.dtype)
 
-    plgpu.commit_smem()
+        plgpu.commit_smem()
 
-    @pl.when(valid == HALF)
-    def _():
-        to = target.at[pl.ds(row, HALF), columns]
-        plgpu.copy_smem_to_gmem(bytes_of(block, 0, HALF), to, commit_group=False)
+        @pl.when(valid == HALF)
+        def _(block=block, columns=columns, target=target):
+            to = target.at[pl.ds(row, HALF), columns]
+            plgpu.copy_smem_to_gmem(bytes_of(block, 0, HALF), to, commit_group=False)
 
-    @pl.when(valid < HALF)
-    def _():
-        done = jnp.int32(0)
-        for n in (32, 16, 8, 4, 2, 1):
-            # TMA shapes are static: the set bits of `valid`, largest first.
-            @pl.when((valid & n) != 0)
-            def _(n=n, done=done):
-                to = target.at[pl.ds(row + done, n), columns]
-                plgpu.copy_smem_to_gmem(bytes_of(block, done, n), to, commit_group=False)
+        @pl.when(valid < HALF)
+        def _(block=block, columns=columns, target=target):
+            done = jnp.int32(0)
+            for n in (32, 16, 8, 4, 2, 1):
+                # TMA shapes are static: the set bits of `valid`, largest first.
+                @pl.when((valid & n) != 0)
+                def _(n=n, done=done):
+                    to = target.at[pl.ds(row + done, n), columns]
+                    plgpu.copy_smem_to_gmem(bytes_of(block, done, n), to, commit_group=False)
 
-            done = done + (valid & n)
+                done = done + (valid & n)
 
-    plgpu.commit_smem_to_gmem_group()
+        plgpu.commit_smem_to_gmem_group()
 
 
 def load_rows(

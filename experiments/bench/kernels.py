@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -64,7 +65,11 @@ def race(
     samples: int,
     error: Callable[[Any], float] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Median ms, spread and error of each; they take turns after two calls that warm up."""
+    """Median ms, spread and error of each; they take turns after two calls that warm up.
+
+    In a new order each time: a chip at its limit of power is faster after a contender that used
+    less of it.
+    """
     ready: dict[str, Contender] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, make in contenders.items():
@@ -80,9 +85,11 @@ def race(
         except Exception as why:  # foreign kernels raise what they like; the row says it
             found[name] = {"error": short(why)}
     times: dict[str, list[float]] = {name: [] for name in ready}
+    order, turn = list(ready), random.Random(0)
     for _ in range(samples):
-        for name, contender in ready.items():
-            times[name].append(contender.sample())
+        turn.shuffle(order)
+        for name in order:
+            times[name].append(ready[name].sample())
     for name, ms in times.items():
         found[name] |= {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms)}
     return found

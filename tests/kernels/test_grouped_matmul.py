@@ -7,6 +7,8 @@ real. The one for TPU runs in an interpreter, and test_grouped_matmul_tpu.py com
 
 import functools
 import itertools
+import re
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,6 +19,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from glm45_jax.kernels import dispatch
 from glm45_jax.kernels import grouped_matmul as op
 from glm45_jax.kernels import grouped_matmul_gpu as gpu
 from glm45_jax.kernels import grouped_matmul_tpu as tpu
@@ -232,6 +235,26 @@ def test_the_fused_gated_product_says_what_it_cannot_take():
     assert gpu.refuses_gated(x, gate, up, sizes) is None
     assert "bfloat16" in gpu.refuses_gated(x, gate, up.astype(jnp.float32), sizes)
     assert "tiles of 64" in gpu.refuses_gated(x[:64], gate, up, sizes)
+
+
+@pytest.mark.parametrize(
+    "impl, R, kernels",
+    [
+        ("auto", 4096, {"rows_by_gate_and_up"}),
+        ("mosaic", 4096, {"rows_by_gate_and_up"}),
+        ("blocked", 4096, set()),
+        ("auto", 128, {"rows_by_matrix"}),  # decoding: tiles of 64 rows
+        ("auto", 4092, set()),
+    ],
+)
+def test_gate_and_up_are_one_kernel_where_rows_fill_its_tiles(impl, R, kernels, monkeypatch):
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(dispatch, "device", lambda: hopper)
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    args = of((R, 256)), of((8, 256, 128)), of((8, 256, 128)), of((8,), dtype=jnp.int32)
+    run = jax.jit(functools.partial(op.gated_matmul, impl=impl))
+    text = run.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"@(rows_by_\w+)\(", text)) == kernels
 
 
 def by_plans(x, w, sizes, g, plan, interpret=None):

@@ -40,6 +40,7 @@ from glm45_jax.kernels.row_tiles_gpu import (
     tiling,
     two_views,
     views,
+    walk_tiles,
 )
 from glm45_jax.kernels.tuning import tuned
 
@@ -212,35 +213,28 @@ def rows_by_fp8(
     n_tiles = columns.starts[-1] * splits
     part, producer = plan.part, plan.consumers
     blocks = COLUMNS // part  # of columns, in a step
-    last, grid = tiles.next_P.shape[0] - 1, Grid(interpret)
+    grid = Grid(interpret)
     registers = (40, 232) if producer == 2 else (32, 160)  # 65,536 for all warpgroups
     dtype = jnp.bfloat16 if splits == 1 else jnp.float32
 
     def body(x, xs, *refs, **mem):
         w, ws = refs[:n], refs[n : 2 * n]
-        expert_P, start_P, end_P, first_P, next_P = refs[2 * n : 2 * n + 5]
-        y = refs[-1]
+        table, y = refs[2 * n : -1], refs[-1]
         ring = Ring(plan.stages, mem["full"], mem["empty"])
         lhs_blocks, lhs_bytes = views(mem["lhs"], interpret)
         out_blocks, out_bytes = views(mem["out"], interpret)
         rhs, wg = mem["rhs"], lax.axis_index("wg")
-        mine = grid.tiles(next_P[last] * n_tiles)
+        mine, find = walk_tiles(table, grid, rows=plan.rows, n_tiles=n_tiles)
 
         def locate(j):
             """(first step, steps, place, tile of columns, split)."""
-            t = grid.tile(j)
-            p = lax.div(t, jnp.int32(n_tiles))
-            group, start, end, first = expert_P[p], start_P[p], end_P[p], first_P[p]
-            count, within = next_P[p] - first, t - first * n_tiles
-            row = start + lax.rem(within, count) * plan.rows  # rows fastest: they share the matrix
-            row = jnp.maximum(jnp.minimum(row, end - plan.rows), start)
-            split = lax.rem(lax.div(within, count), jnp.int32(splits))
-            tile = lax.div(within, count * splits)
+            group, row, left, tile = find(j)
+            split, tile = lax.rem(tile, jnp.int32(splits)), lax.div(tile, jnp.int32(splits))
             first_k = split * k_part
             steps = jnp.minimum(jnp.int32(k_part), k_steps - first_k)
             steps = jnp.where(group == groups, jnp.int32(0), steps)
             column = pl.multiple_of(tile * COLUMNS, COLUMNS)
-            place = Place(row, column, end - row, None, jnp.minimum(group, E - 1))
+            place = Place(row, column, left, None, jnp.minimum(group, E - 1))
             return first_k, steps, place, tile, split
 
         @pl.when(wg == producer)
@@ -319,12 +313,11 @@ def rows_by_fp8(
         "full": plgpu.Barrier(num_arrivals=halves + blocks + 1, num_barriers=plan.stages),
         "empty": plgpu.Barrier(num_arrivals=plan.consumers, num_barriers=plan.stages),
     }
-    table = tiles.expert_P, tiles.start_P, tiles.end_P, tiles.first_P, tiles.next_P
     # One result for all: with a store for each matrix it compiled for 80 s (jax 0.11.2).
     width = widths[0] if n == 1 else columns.starts[-1] * COLUMNS
     out = jax.ShapeDtypeStruct((R, width) if splits == 1 else (splits, R, width), dtype)
     values, scales = [w.values_OI for w in ws], [w.scales_PQ for w in ws]
-    y = grid.call(body, out, scratch, producer + 1)(q_RI, scale_QR, *values, *scales, *table)
+    y = grid.call(body, out, scratch, producer + 1)(q_RI, scale_QR, *values, *scales, *tiles.table)
     firsts = [start * COLUMNS for start in columns.starts]
     return tuple(y[..., a : a + O] for a, O in zip(firsts, widths, strict=False))
 

@@ -33,12 +33,16 @@ from glm45_jax.kernels.row_tiles_gpu import (
     consume,
     lay_bands,
     lay_tiles,
+    lay_turns,
+    load_half,
     load_rows,
     store_rows,
     tile_rows,
     tiling,
     two_views,
     views,
+    walk_tiles,
+    walk_turns,
 )
 from glm45_jax.kernels.tuning import tuned
 
@@ -253,7 +257,8 @@ def rows_by_matrix(
     """x[R, D] · w[E, D, F] -> [R, F], or transposed x[R, F] · w[E, D, F] -> [R, D]; in `dtype`.
 
     The last tile of a group is shifted back to end where the group ends: rows that two tiles hold
-    are written twice, with the same bits. Only a group of less than a tile is stored row by row.
+    are written twice, with the same bits. Only a group of less than a tile is stored row by row. Up
+    to HALF last rows of a group are half a tile, which one consumer multiplies, see `lay_turns`.
     Jitted: a program traces and lowers (0.5 s) each of its shapes once, however many layers use it.
     """
     K, N = x_RK.shape[1], w_EDF.shape[1 if transposed else 2]
@@ -315,28 +320,26 @@ def _rows_by_matrices(
     steps_of_all = len(xs) * k_steps
     plan = dataclasses.replace(plan, overlap=min(plan.overlap, steps_of_all))
     least, grid = max(1, plan.overlap), Grid(interpret)
-    last = tiles.next_P.shape[0] - 1
     outs = 3 if keep else 1
+    turns = lay_turns(tiles, n_rows=R, n_tiles=n_tiles, ctas=grid.ctas) if tiles.halved else tiles
 
     def body(*refs, lhs, rhs, out, full, empty):
         x, w = refs[: len(xs)], refs[len(xs) : len(xs) + len(ws)]
-        expert_P, start_P, end_P, first_P, next_P = refs[len(xs) + len(ws) : -outs]
-        ys = refs[-outs:]
+        table, ys = refs[len(xs) + len(ws) : -outs], refs[-outs:]
         ring = Ring(plan.stages, full, empty)
         lhs_blocks, lhs_bytes = views(lhs, interpret)
         out_blocks, out_bytes = views(out, interpret)
         wg = lax.axis_index("wg")
-        mine = grid.tiles(next_P[last] * n_tiles)
+        mine, find = (
+            walk_turns(table, grid)
+            if tiles.halved
+            else walk_tiles(table, grid, rows=tiles.rows, n_tiles=n_tiles)
+        )
 
         def locate(j):
-            t = grid.tile(j)
-            p = lax.div(t, jnp.int32(n_tiles))
-            expert, start, end, first = expert_P[p], start_P[p], end_P[p], first_P[p]
-            count, within = next_P[p] - first, t - first * n_tiles
-            row = start + lax.rem(within, count) * tiles.rows  # rows fastest: they share the matrix
-            row = jnp.maximum(jnp.minimum(row, end - tiles.rows), start)
-            column, past = lax.div(within, count) * width, expert == E
-            place = Place(row, column, end - row, past, jnp.minimum(expert, E - 1))
+            expert, row, left, tile = find(j)
+            past = expert == E
+            place = Place(row, tile * width, left, past, jnp.minimum(expert, E - 1))
             steps = jnp.where(past, jnp.int32(least), jnp.int32(steps_of_all))
             return steps, place, None
 
@@ -349,7 +352,12 @@ def _rows_by_matrices(
 
                 def copy(k, slot, x, ws):
                     inner = pl.ds(pl.multiple_of(k * STEP, STEP), STEP)
-                    load_rows(x, inner, place, lhs_bytes, slot, halves, full.at[slot])
+                    rows = x, inner, place, lhs_bytes, slot, halves, full.at[slot]
+                    if tiles.halved:
+                        half = place.rows <= HALF
+                        lax.cond(half, lambda: load_half(*rows), lambda: load_rows(*rows))
+                    else:
+                        load_rows(*rows)
                     for b in range(blocks):
                         column = place.column + b // results * part
                         columns = pl.ds(pl.multiple_of(column, part), part)
@@ -384,6 +392,10 @@ def _rows_by_matrices(
                     b = rhs.at[slot * blocks + (n if halves == 2 else wg)]
                     plgpu.wgmma(acc, a, b.transpose((1, 0)) if transposed else b)
 
+            def share(steps, place):
+                """A tile of HALF rows is the first consumer's; the second does what it must."""
+                return jnp.where((wg == 1) & (place.rows <= HALF), jnp.int32(least), steps)
+
             def store(values, place, *part_of):
                 own = place.lower(wg) if halves == 2 else place.right(wg, part)
                 rows = values, own, out_blocks, out_bytes, ys
@@ -403,13 +415,13 @@ def _rows_by_matrices(
                 dtype=dtype,
                 nowhere=_nowhere(),
                 results=results,
+                share=share if tiles.halved else None,
             )
 
     rhs = (part, STEP) if transposed else (STEP, part)
     out = (jax.ShapeDtypeStruct((R, N), dtype),) * outs
-    table = tiles.expert_P, tiles.start_P, tiles.end_P, tiles.first_P, tiles.next_P
     scratch = _scratch(plan, rhs, halves, blocks, dtype, interpret)
-    return grid.call(body, out, scratch)(*xs, *ws, *table)
+    return grid.call(body, out, scratch)(*xs, *ws, *turns.table)
 
 
 @struct.dataclass

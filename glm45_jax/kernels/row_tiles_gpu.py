@@ -5,6 +5,7 @@ ring of loads, the stores of ragged tiles. Type to know: `Tiles`. Letters: R E; 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,7 +31,8 @@ class Tiles:
 
     rows_E: as given. end_E: row after each group. expert_P: group of a tile, E for rows past the
     last group. start_P, end_P: rows of that group. first_P, next_P: its first tile and the one
-    after its last; next_P[-1] is the number of tiles. rows: of a tile, ROWS or HALF.
+    after its last; next_P[-1] is the number of tiles. rows: of a tile, ROWS or HALF. halved: up to
+    HALF last rows of a group may be a tile of their own, see `lay_turns`.
     """
 
     rows_E: jax.Array
@@ -41,6 +43,12 @@ class Tiles:
     first_P: jax.Array
     next_P: jax.Array
     rows: int = struct.field(pytree_node=False, default=ROWS)
+    halved: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def table(self) -> tuple[jax.Array, ...]:
+        """What `walk_tiles` wants."""
+        return self.expert_P, self.start_P, self.end_P, self.first_P, self.next_P
 
 
 def lay_tiles(rows_E: jax.Array, *, n_rows: int, rows: int = ROWS) -> Tiles:
@@ -65,6 +73,7 @@ def lay_tiles(rows_E: jax.Array, *, n_rows: int, rows: int = ROWS) -> Tiles:
         first_P=jnp.where(done_PE, next_E[None, :], 0).max(axis=1),
         next_P=jnp.where(done_PE, total, next_E[None, :]).min(axis=1),
         rows=rows,
+        halved=rows == ROWS,
     )
 
 
@@ -87,6 +96,82 @@ def lay_bands(n_rows: int, *, band: int, rows: int) -> Tiles:
         "next_P": next_G[group_P],
     }
     return Tiles(**{k: x.astype(np.int32) for k, x in table.items()}, rows=rows)
+
+
+@struct.dataclass
+class Turns:
+    """The tile of each turn of each CTA, [ctas * J]: of ROWS rows, or of HALF where no more are
+    left.
+
+    group_T: its group, E for rows past the last. row_T: its first row. left_T: rows of the group
+    from there on. tile_T: which of the tiles of columns. ends_CN: turns of each CTA up to the end
+    of each group; the last are all.
+    """
+
+    group_T: jax.Array
+    row_T: jax.Array
+    left_T: jax.Array
+    tile_T: jax.Array
+    ends_CN: jax.Array
+
+    @property
+    def table(self) -> tuple[jax.Array, ...]:
+        """What `walk_turns` wants."""
+        return self.group_T, self.row_T, self.left_T, self.tile_T, self.ends_CN
+
+
+def lay_turns(tiles: Tiles, *, n_rows: int, n_tiles: int, ctas: int = CTAS) -> Turns:
+    """Of each group tiles of ROWS rows, and one of HALF for up to HALF last rows. Both kinds go
+    round the CTAs, each by itself, so that all CTAs have as many of both. Rows fastest: they share
+    the matrix.
+    """
+    E = tiles.rows_E.shape[0]
+    upto_NE = jnp.arange(E)[None, :] <= jnp.arange(E + 1)[:, None]
+    half_E = (tiles.rows_E > 0) & (lax.rem(tiles.rows_E + (ROWS - 1), ROWS) < HALF)
+    half_E = half_E.astype(jnp.int32)
+    whole_E = lax.div(tiles.rows_E + (ROWS - 1), ROWS) - half_E
+    past = lax.div(n_rows - tiles.end_E[-1] + (ROWS - 1), ROWS)  # their rows are zeros
+    wholes_N = jnp.where(upto_NE, whole_E[None, :], 0).sum(axis=1)
+    wholes_N = wholes_N.at[-1].add(past)
+    halves_N = jnp.where(upto_NE, half_E[None, :], 0).sum(axis=1)
+    stop_N = jnp.concatenate([tiles.end_E, jnp.full((1,), n_rows, jnp.int32)])
+
+    def share(units, cta):
+        """How many of the first units are a CTA's."""
+        return lax.div(units - cta + (ctas - 1), jnp.int32(ctas))
+
+    J = -(-(n_rows // ROWS + E + 1) * n_tiles // ctas) + 1
+    cta = jnp.arange(ctas, dtype=jnp.int32)[:, None]  # [C, 1]
+    other, turn = ctas - 1 - cta, jnp.arange(J, dtype=jnp.int32)[None, :]
+    ends_CN = share(wholes_N[None, :] * n_tiles, cta) + share(halves_N[None, :] * n_tiles, other)
+    done_CJN = ends_CN[:, None, :] <= turn[:, :, None]
+
+    def before(x_N):
+        """[C, J], of the groups that are done."""
+        return jnp.where(done_CJN, x_N[None, None, :], 0).max(axis=2)
+
+    def until(x_N):
+        """With the group at hand."""
+        return jnp.where(done_CJN, 2**30, x_N[None, None, :]).min(axis=2)
+
+    group, start, end = done_CJN.astype(jnp.int32).sum(axis=2), before(stop_N), until(stop_N)
+    wholes, next_whole, halves = before(wholes_N), until(wholes_N), before(halves_N)
+    first, first_half = share(wholes * n_tiles, cta), share(halves * n_tiles, other)
+    turn, mine = turn - first - first_half, share(next_whole * n_tiles, cta) - first
+    half, count = turn >= mine, next_whole - wholes
+    unit = cta + ctas * (first + turn) - wholes * n_tiles
+    half_unit = other + ctas * (first_half + turn - mine) - halves * n_tiles
+    nth = jnp.where(half, count, lax.rem(unit, jnp.maximum(count, 1)))
+    row = jnp.minimum(start + nth * ROWS, end - jnp.where(half, HALF, ROWS))
+    row = jnp.maximum(row, start)
+    tile = jnp.where(half, half_unit, lax.div(unit, jnp.maximum(count, 1)))
+    return Turns(
+        group_T=group.reshape(-1),
+        row_T=row.reshape(-1),
+        left_T=(end - row).reshape(-1),
+        tile_T=tile.reshape(-1),
+        ends_CN=ends_CN,
+    )
 
 
 def tile_rows(n_rows: int, groups: int) -> int:
@@ -123,6 +208,11 @@ class Ring:
     def release(self, i):
         """Consumer: has read step i."""
         plgpu.barrier_arrive(self.empty.at[self.slot(i)])
+
+    def leave(self, i):
+        """Consumer: has no use for step i."""
+        self.wait(i)
+        self.release(i)
 
     def drain(self, n):
         """Producer, after n steps: waits until the last of them have been read."""
@@ -197,6 +287,34 @@ class Grid:
         )
 
 
+Walk = tuple[Any, Callable[[Any], tuple[Any, ...]]]
+
+
+def walk_tiles(table: Any, grid: Grid, *, rows: int, n_tiles: int) -> Walk:
+    """How many tiles a CTA has, of a table of `Tiles`, and find(j) -> (group, first row, rows of
+    the group from there on, tile of columns) of its j-th. Rows fastest: they share the matrix.
+    """
+    expert_P, start_P, end_P, first_P, next_P = table
+
+    def find(j):
+        t = grid.tile(j)
+        p = lax.div(t, jnp.int32(n_tiles))
+        start, end, first = start_P[p], end_P[p], first_P[p]
+        count, within = next_P[p] - first, t - first * n_tiles
+        row = start + lax.rem(within, count) * rows
+        row = jnp.maximum(jnp.minimum(row, end - rows), start)
+        return expert_P[p], row, end - row, lax.div(within, count)
+
+    return grid.tiles(next_P[next_P.shape[0] - 1] * n_tiles), find
+
+
+def walk_turns(table: Any, grid: Grid) -> Walk:
+    """The same of a table of `Turns`."""
+    *columns, ends_CN = table
+    cta, most = lax.axis_index("cta"), columns[0].shape[0] // grid.ctas
+    return ends_CN[cta, ends_CN.shape[1] - 1], lambda j: tuple(c[cta * most + j] for c in columns)
+
+
 @struct.dataclass
 class Place:
     """Where a tile goes: first row and column, rows that count, whether they are zeros (None: as
@@ -231,6 +349,7 @@ def consume(
     nowhere: Place,
     finish: Any = None,
     results: int = 1,
+    share: Any = None,
 ) -> None:
     """The loop of a consumer over its tiles of 64 rows: each is stored over the first `overlap`
     steps of the next, a part after each step is issued; at once with 0.
@@ -239,11 +358,14 @@ def consume(
     place, context), steps >= max(1, overlap). multiply(accs, slot, k, context) issues them.
     finish(sums, place, context) -> what to store of one, of `dtype`; without it, rounded sums.
     store(values, place, part, parts) writes part `part` of all. nowhere: a place, for its types.
+    share(steps, place) -> how many of the steps this consumer multiplies, `overlap` at least; it
+    leaves the others to the other one.
     """
 
     def tile(j, carry):
         i, before, values = carry
         steps, place, context = locate(j)
+        own = share(steps, place) if share else steps
 
         def accumulate(*accs):
             for k in range(overlap):
@@ -264,11 +386,13 @@ def consume(
                 else:
                     pl.when(k > 0)(lambda: ring.release(i + k - 1))
 
-            lax.fori_loop(jnp.int32(overlap), steps, step, None)
+            lax.fori_loop(jnp.int32(overlap), own, step, None)
             return tuple(acc[...] for acc in accs)
 
         sums = pl.run_scoped(accumulate, *(plgpu.ACC((HALF, columns)) for _ in range(results)))
-        ring.release(i + steps - 1)
+        ring.release(i + own - 1)
+        if share:
+            lax.fori_loop(own, steps, lambda k, _: ring.leave(i + k), None)
         rounded = finish or (lambda x, *_: x.astype(dtype))
         values = tuple(rounded(x, place, context) for x in sums)
         if not overlap:
@@ -345,6 +469,18 @@ def store_rows(
                 done = done + (valid & n)
 
         plgpu.commit_smem_to_gmem_group()
+
+
+def load_half(
+    x: Any, inner: Any, place: Place, bytes_of: Any, slot: Any, halves: int, barrier: Any
+) -> None:
+    """As `load_rows`, of a tile of HALF rows where others have more: into the first block, in as
+    many copies, which the barrier counts.
+    """
+    n = HALF // halves
+    for at in range(0, HALF, n):
+        rows = x.at[pl.ds(place.row + at, n), inner]
+        plgpu.copy_gmem_to_smem(rows, bytes_of(slot * halves, at, n), barrier)
 
 
 def load_rows(

@@ -155,6 +155,34 @@ def test_tiles_hold_every_row_of_one_group_each(sizes, past, height):
         assert tiles.first_P[p] <= p < tiles.next_P[p]
 
 
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(
+    st.lists(st.integers(0, 400), min_size=1, max_size=8),
+    st.integers(0, 300).map(lambda n: n * 8),
+    st.integers(1, 5),
+    st.integers(1, 9),
+)
+def test_turns_meet_every_row_and_column_and_load_all_ctas_alike(sizes, past, n_tiles, ctas):
+    n, edges = sum(sizes) + past, np.cumsum([0, *sizes, past])
+    hypothesis.assume(n)
+    tiles = gpu.lay_tiles(jnp.asarray(sizes, jnp.int32), n_rows=n)
+    turns = gpu.lay_turns(tiles, n_rows=n, n_tiles=n_tiles, ctas=ctas)
+    *columns, ends_CN = map(np.asarray, turns.table)
+    met, kinds = np.zeros((n, n_tiles), int), np.zeros((ctas, 2), int)
+    for cta, turn in ((c, j) for c in range(ctas) for j in range(ends_CN[c, -1])):
+        group, row, left, tile = (x.reshape(ctas, -1)[cta, turn] for x in columns)
+        assert (edges[group] <= row) and row + left == edges[group + 1] and left > 0
+        height = gpu.HALF if left <= gpu.HALF else gpu.ROWS
+        met[row : min(row + height, row + left), tile] += 1
+        kinds[cta, int(height == gpu.HALF and group < len(sizes))] += 1
+    assert met.min() >= 1
+    whole = sum(-(-rows // gpu.ROWS) for rows in (*sizes, past))
+    half = sum(0 < rows % gpu.ROWS <= gpu.HALF for rows in sizes)
+    np.testing.assert_array_equal(kinds.sum(axis=0), [(whole - half) * n_tiles, half * n_tiles])
+    assert np.ptp(kinds, axis=0).max() <= 1
+    assert np.ptp(kinds.sum(axis=1)) <= 1  # who has one whole tile more has no half one more
+
+
 def test_the_mosaic_kernel_says_what_it_cannot_take():
     (x, w, sizes, _), _ = draw_half(RAGGED["mixed"])
     assert gpu.refuses(x, w, sizes) is None

@@ -320,8 +320,10 @@ def _rows_by_matrices(
     steps_of_all = len(xs) * k_steps
     plan = dataclasses.replace(plan, overlap=min(plan.overlap, steps_of_all))
     least, grid = max(1, plan.overlap), Grid(interpret)
+    # Of 128 columns half a tile takes as long as a whole one: it waits for the matrix, docs/log.md.
+    halved = halves == 2 and plan.columns > 128
     outs = 3 if keep else 1
-    turns = lay_turns(tiles, n_rows=R, n_tiles=n_tiles, ctas=grid.ctas) if tiles.halved else tiles
+    turns = lay_turns(tiles, n_rows=R, n_tiles=n_tiles, ctas=grid.ctas) if halved else tiles
 
     def body(*refs, lhs, rhs, out, full, empty):
         x, w = refs[: len(xs)], refs[len(xs) : len(xs) + len(ws)]
@@ -332,7 +334,7 @@ def _rows_by_matrices(
         wg = lax.axis_index("wg")
         mine, find = (
             walk_turns(table, grid)
-            if tiles.halved
+            if halved
             else walk_tiles(table, grid, rows=tiles.rows, n_tiles=n_tiles)
         )
 
@@ -353,7 +355,7 @@ def _rows_by_matrices(
                 def copy(k, slot, x, ws):
                     inner = pl.ds(pl.multiple_of(k * STEP, STEP), STEP)
                     rows = x, inner, place, lhs_bytes, slot, halves, full.at[slot]
-                    if tiles.halved:
+                    if halved:
                         half = place.rows <= HALF
                         lax.cond(half, lambda: load_half(*rows), lambda: load_rows(*rows))
                     else:
@@ -415,7 +417,7 @@ def _rows_by_matrices(
                 dtype=dtype,
                 nowhere=_nowhere(),
                 results=results,
-                share=share if tiles.halved else None,
+                share=share if halved else None,
             )
 
     rhs = (part, STEP) if transposed else (STEP, part)

@@ -31,8 +31,7 @@ class Tiles:
 
     rows_E: as given. end_E: row after each group. expert_P: group of a tile, E for rows past the
     last group. start_P, end_P: rows of that group. first_P, next_P: its first tile and the one
-    after its last; next_P[-1] is the number of tiles. rows: of a tile, ROWS or HALF. halved: up to
-    HALF last rows of a group may be a tile of their own, see `lay_turns`.
+    after its last; next_P[-1] is the number of tiles. rows: of a tile, ROWS or HALF.
     """
 
     rows_E: jax.Array
@@ -43,7 +42,6 @@ class Tiles:
     first_P: jax.Array
     next_P: jax.Array
     rows: int = struct.field(pytree_node=False, default=ROWS)
-    halved: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def table(self) -> tuple[jax.Array, ...]:
@@ -73,7 +71,6 @@ def lay_tiles(rows_E: jax.Array, *, n_rows: int, rows: int = ROWS) -> Tiles:
         first_P=jnp.where(done_PE, next_E[None, :], 0).max(axis=1),
         next_P=jnp.where(done_PE, total, next_E[None, :]).min(axis=1),
         rows=rows,
-        halved=rows == ROWS,
     )
 
 

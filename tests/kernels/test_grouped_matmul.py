@@ -293,9 +293,12 @@ def by_plans(x, w, sizes, g, plan, interpret=None):
     return run(x, w, tiles), run(g, w, tiles, transposed=True), dw
 
 
-@pytest.mark.parametrize("overlap", [0, 2, 4])
-def test_a_tile_may_be_stored_over_any_steps_of_the_next_in_the_interpreter(overlap):
-    args, exact = draw_half(RAGGED["mixed"], D=192, F=256)
+@pytest.mark.parametrize(
+    "overlap, sizes",
+    [(0, "mixed"), (2, "mixed"), (4, "mixed"), (4, "short"), (2, "none"), (4, "ends early")],
+)
+def test_a_tile_may_be_stored_over_any_steps_of_the_next_in_the_interpreter(overlap, sizes):
+    args, exact = draw_half(RAGGED[sizes], D=192, F=256)
     plan = gpu.Plan(256, 4, overlap)
     assert_rounded_once(by_plans(*args, plan, plgpu.InterpretGPUParams()), exact)
 

@@ -55,6 +55,17 @@ def of_torch(f: Callable, *args: Any) -> Contender:
     return Contender(lambda: f(*args), lambda _: torch.cuda.synchronize())
 
 
+def forward_and_backward(f: Callable[..., Any]) -> Callable[..., Any]:
+    """What f gives, and its gradients: a function of its arguments and a cotangent, the last."""
+
+    def both(*args: Any) -> tuple[Any, tuple[Any, ...]]:
+        *inputs, cotangent = args
+        out, pull = jax.vjp(f, *inputs)
+        return out, pull(cotangent)
+
+    return both
+
+
 def short(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
 
@@ -161,7 +172,7 @@ def torch_or_none() -> Any:
     return torch if torch.cuda.is_available() else None
 
 
-def to_host(array: Any, part: int | slice) -> np.ndarray:
+def to_host(array: Any, part: Any) -> np.ndarray:
     """A part of a jax or torch array in float32; by torch where it is, which compiles nothing."""
     if torch := torch_or_none():
         tensor = torch.from_dlpack(array) if isinstance(array, jax.Array) else array

@@ -23,6 +23,7 @@ import numpy as np
 from experiments.bench.kernels import (
     Contender,
     copy_gbs,
+    forward_and_backward,
     matmul_ceiling,
     normal,
     of_jax,
@@ -173,9 +174,12 @@ def copy_cases(tokens: int, experts: int) -> dict[str, Case]:
 
 def copy_rows(tokens: int, experts: int, ceiling: float) -> list[dict[str, Any]]:
     """Each case beside the speed of a copy."""
-    rows = []
-    for name, (f, args, nbytes) in copy_cases(tokens, experts).items():
-        (found,) = race({name: functools.partial(of_jax, f, *args)}, samples=10).values()
+    cases, rows = copy_cases(tokens, experts), []
+    contenders: dict[str, Callable[[], Contender]] = {
+        name: functools.partial(of_jax, f, *args) for name, (f, args, _) in cases.items()
+    }
+    for name, found in race(contenders, samples=10).items():
+        nbytes = cases[name][2]
         row = {"op": name, "tokens": tokens, "experts": experts} | found
         if "ms" in found:
             gbs = nbytes / found["ms"] / 1e6
@@ -259,13 +263,6 @@ def block_rows(tokens: int) -> list[dict[str, Any]]:
     weights = tuple(normal(i, s, 0.02) for i, s in ((2, (E, D, F)), (3, (E, D, F)), (4, (E, F, D))))
     args = x, router, *weights
 
-    def both(run: Callable[..., Any]) -> Callable[..., Any]:
-        def pulled(g: jax.Array, *args: jax.Array) -> Any:
-            out, pull = jax.vjp(run, *args)
-            return out, pull(g)
-
-        return pulled
-
     forward: dict[str, Callable[[], Contender]] = {}
     backward: dict[str, Callable[[], Contender]] = {}
     ours: dict[str, Callable[..., Any]] = {
@@ -276,7 +273,7 @@ def block_rows(tokens: int) -> list[dict[str, Any]]:
         ours["glm45_jax, routing mosaic"] = functools.partial(block, "mosaic", gated_matmul)
     for name, run in ours.items():
         forward[name] = functools.partial(of_jax, run, *args)
-        backward[name] = functools.partial(of_jax, both(run), g, *args)
+        backward[name] = functools.partial(of_jax, forward_and_backward(run), *args, g)
     if torch := torch_or_none():
         theirs = [torch.from_dlpack(a) for a in args]
         wanted = [a.clone().requires_grad_() for a in theirs]

@@ -1,10 +1,11 @@
 """Grouped matmul in Pallas Mosaic GPU for Hopper: forward, dlhs and drhs. Letters: R E D F; P row
 tiles.
 
-Types to know: `Plan`, and `Tiles` of row_tiles_gpu.py. Persistent CTAs of two consumer warpgroups
-and one producer; a consumer stores a tile, chunk by chunk, while the tensor cores run the first
-steps of its next one. Few rows a group, as in decoding, lie in tiles of 64, whose columns the
-consumers share: then the matrices stream past and nothing else counts. Numbers: docs/log.md.
+Types to know: `Plan`, and `Tiles`, `Turns` of row_tiles_gpu.py. Persistent CTAs of two consumer
+warpgroups and one producer; a consumer stores a tile, chunk by chunk, while the tensor cores run
+the first steps of its next one. Few last rows of a group are half a tile, of one consumer. Few rows
+a group, as in decoding, lie in tiles of 64, whose columns the consumers share: then the matrices
+stream past and nothing else counts. Numbers: docs/log.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """What products of grouped rows share on Hopper, in Pallas Mosaic GPU: the table of row tiles, the
-ring of loads, the stores of ragged tiles. Type to know: `Tiles`. Letters: R E; P row tiles.
+ring of loads, the stores of ragged tiles. Types to know: `Tiles`, `Turns`. Letters: R E; P row
+tiles, N groups and the rows past them, C CTAs, J turns of one, T of all.
 """
 
 from __future__ import annotations
@@ -123,13 +124,12 @@ def lay_turns(tiles: Tiles, *, n_rows: int, n_tiles: int, ctas: int = CTAS) -> T
     the matrix.
     """
     E = tiles.rows_E.shape[0]
+    rest_E = lax.rem(tiles.rows_E, jnp.int32(ROWS))
+    half_E = ((rest_E > 0) & (rest_E <= HALF)).astype(jnp.int32)
+    whole_E = lax.div(tiles.rows_E + (ROWS - 1), jnp.int32(ROWS)) - half_E
+    past = lax.div(n_rows - tiles.end_E[-1] + (ROWS - 1), jnp.int32(ROWS))  # whole, of zeros
     upto_NE = jnp.arange(E)[None, :] <= jnp.arange(E + 1)[:, None]
-    half_E = (tiles.rows_E > 0) & (lax.rem(tiles.rows_E + (ROWS - 1), ROWS) < HALF)
-    half_E = half_E.astype(jnp.int32)
-    whole_E = lax.div(tiles.rows_E + (ROWS - 1), ROWS) - half_E
-    past = lax.div(n_rows - tiles.end_E[-1] + (ROWS - 1), ROWS)  # their rows are zeros
-    wholes_N = jnp.where(upto_NE, whole_E[None, :], 0).sum(axis=1)
-    wholes_N = wholes_N.at[-1].add(past)
+    wholes_N = jnp.where(upto_NE, whole_E[None, :], 0).sum(axis=1).at[-1].add(past)
     halves_N = jnp.where(upto_NE, half_E[None, :], 0).sum(axis=1)
     stop_N = jnp.concatenate([tiles.end_E, jnp.full((1,), n_rows, jnp.int32)])
 
@@ -137,33 +137,37 @@ def lay_turns(tiles: Tiles, *, n_rows: int, n_tiles: int, ctas: int = CTAS) -> T
         """How many of the first units are a CTA's."""
         return lax.div(units - cta + (ctas - 1), jnp.int32(ctas))
 
+    # Halves go round from the last CTA on: who has one whole tile more has no half one more.
+    cta_C1 = jnp.arange(ctas, dtype=jnp.int32)[:, None]
+    back_C1 = ctas - 1 - cta_C1
+    ends_CN = share(wholes_N[None, :] * n_tiles, cta_C1)
+    ends_CN += share(halves_N[None, :] * n_tiles, back_C1)
     J = -(-(n_rows // ROWS + E + 1) * n_tiles // ctas) + 1
-    cta = jnp.arange(ctas, dtype=jnp.int32)[:, None]  # [C, 1]
-    other, turn = ctas - 1 - cta, jnp.arange(J, dtype=jnp.int32)[None, :]
-    ends_CN = share(wholes_N[None, :] * n_tiles, cta) + share(halves_N[None, :] * n_tiles, other)
-    done_CJN = ends_CN[:, None, :] <= turn[:, :, None]
+    turn_1J = jnp.arange(J, dtype=jnp.int32)[None, :]
+    done_CJN = ends_CN[:, None, :] <= turn_1J[:, :, None]
 
     def before(x_N):
-        """[C, J], of the groups that are done."""
+        """[C, J]: the value of the last group that is done."""
         return jnp.where(done_CJN, x_N[None, None, :], 0).max(axis=2)
 
-    def until(x_N):
-        """With the group at hand."""
+    def upto(x_N):
+        """[C, J]: of the group at hand."""
         return jnp.where(done_CJN, 2**30, x_N[None, None, :]).min(axis=2)
 
-    group, start, end = done_CJN.astype(jnp.int32).sum(axis=2), before(stop_N), until(stop_N)
-    wholes, next_whole, halves = before(wholes_N), until(wholes_N), before(halves_N)
-    first, first_half = share(wholes * n_tiles, cta), share(halves * n_tiles, other)
-    turn, mine = turn - first - first_half, share(next_whole * n_tiles, cta) - first
-    half, count = turn >= mine, next_whole - wholes
-    unit = cta + ctas * (first + turn) - wholes * n_tiles
-    half_unit = other + ctas * (first_half + turn - mine) - halves * n_tiles
-    nth = jnp.where(half, count, lax.rem(unit, jnp.maximum(count, 1)))
-    row = jnp.minimum(start + nth * ROWS, end - jnp.where(half, HALF, ROWS))
-    row = jnp.maximum(row, start)
-    tile = jnp.where(half, half_unit, lax.div(unit, jnp.maximum(count, 1)))
+    wholes, halves, start, end = before(wholes_N), before(halves_N), before(stop_N), upto(stop_N)
+    count = upto(wholes_N) - wholes
+    # A turn is the nth whole tile of its group that is the CTA's, or, after these, the nth half.
+    had, had_halves = share(wholes * n_tiles, cta_C1), share(halves * n_tiles, back_C1)
+    nth = turn_1J - had - had_halves
+    nth_half = nth - (share((wholes + count) * n_tiles, cta_C1) - had)
+    half, some = nth_half >= 0, jnp.maximum(count, 1)
+    unit = cta_C1 + ctas * (had + nth) - wholes * n_tiles
+    half_unit = back_C1 + ctas * (had_halves + nth_half) - halves * n_tiles
+    row = start + jnp.where(half, count, lax.rem(unit, some)) * ROWS
+    row = jnp.maximum(jnp.minimum(row, end - jnp.where(half, HALF, ROWS)), start)
+    tile = jnp.where(half, half_unit, lax.div(unit, some))
     return Turns(
-        group_T=group.reshape(-1),
+        group_T=done_CJN.astype(jnp.int32).sum(axis=2).reshape(-1),
         row_T=row.reshape(-1),
         left_T=(end - row).reshape(-1),
         tile_T=tile.reshape(-1),

@@ -179,8 +179,8 @@ def page(device: str) -> str:
         "Written by `python -m experiments.bench.kernels_page` from the result file of "
         f"`{device}`; nothing here is typed by hand. Contenders of a table ran in one process, in "
         "turns where nothing else is said. The ceiling of arithmetic is an 8192³ product, of "
-        "copies and decoding a copy of 2 GiB, both in the same run. Error: largest difference from float32 over the largest "
-        "value, where checked.",
+        "copies and decoding a copy of 2 GiB, both in the same run. Error: distance from float32, "
+        "relative, where checked.",
         *([f"![FLOPs a byte, TFLOP/s]({FIGURE.relative_to('docs')})"] if device == DEVICE else []),
     ]
     head = len(parts)

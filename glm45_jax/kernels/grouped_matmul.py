@@ -60,10 +60,30 @@ def products(
     *,
     matmul: Callable[..., jax.Array] = grouped_matmul,
 ) -> jax.Array:
-    """The definition of `gated_matmul`: two products, and XLA's silu."""
-    gate_RF = matmul(x_RD, gate_EDF, rows_E)
-    up_RF = matmul(x_RD, up_EDF, rows_E)
-    return jax.nn.silu(gate_RF) * up_RF
+    """The definition of `gated_matmul`: two products, each rounded to the dtype of x, and
+    `silu_product` of them.
+    """
+    return silu_product(matmul(x_RD, gate_EDF, rows_E), matmul(x_RD, up_EDF, rows_E))
+
+
+@jax.custom_vjp
+def silu_product(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up in their dtype, float32 inside: rounded once. Keeps its arguments alone."""
+    gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)  # float32 from here
+    return (jax.nn.silu(gate32) * up32).astype(gate.dtype)
+
+
+def silu_product_bwd(
+    saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of gate and up, from both and the cotangent; float32 inside."""
+    gate, up, h = (a.astype(jnp.float32) for a in (*saved, cotangent))
+    s = jax.nn.sigmoid(gate)
+    d_gate, d_up = h * up * s * (1 + gate * (1 - s)), h * gate * s
+    return d_gate.astype(saved[0].dtype), d_up.astype(saved[1].dtype)
+
+
+silu_product.defvjp(lambda gate, up: (silu_product(gate, up), (gate, up)), silu_product_bwd)
 
 
 def fused(x_RD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, rows_E: jax.Array) -> jax.Array:

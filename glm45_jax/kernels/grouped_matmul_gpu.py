@@ -21,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from glm45_jax.kernels.grouped_matmul import silu_product_bwd
 from glm45_jax.kernels.row_tiles_gpu import (
     CTAS,
     HALF,
@@ -186,7 +187,7 @@ def _gated_fwd(x_RD, gate_EDF, up_EDF, tiles: Tiles, interpret):
 
 def _gated_bwd(interpret, saved, dh_RF):
     x_RD, gate_EDF, up_EDF, tiles, g_RF, u_RF = saved
-    d = _silu_product_bwd(g_RF, u_RF, dh_RF)
+    d = silu_product_bwd((g_RF, u_RF), dh_RF)
     dx_RD = rows_by_sum(d, (gate_EDF, up_EDF), tiles, interpret=interpret)
     return dx_RD, *rows_by_all(x_RD, d, tiles, plan=Plan(), interpret=interpret), None
 
@@ -194,24 +195,15 @@ def _gated_bwd(interpret, saved, dh_RF):
 _gated.defvjp(_gated_fwd, _gated_bwd)
 
 
-def silu_product(g: jax.Array, u: jax.Array) -> jax.Array:
-    """silu(g) * u, in float32 inside. Where exp(-g) is infinite it is -0; its derivative by jax
-    would be NaN there.
-    """
+def _silu_product(g: jax.Array, u: jax.Array) -> jax.Array:
+    """As `grouped_matmul.silu_product`, where there is no sigmoid: -0 where exp(-g) is infinite."""
     g32 = g.astype(jnp.float32)
     return (g32 / (1 + jnp.exp(-g32)) * u.astype(jnp.float32)).astype(g.dtype)
 
 
 def _gated_first(n: int, g: jax.Array, u: jax.Array) -> jax.Array:
     """Of (silu(g) * u, g, u)."""
-    return (g, u)[n - 1] if n else silu_product(g, u)
-
-
-def _silu_product_bwd(g: jax.Array, u: jax.Array, dh: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The gradients of g and u, in float32 inside."""
-    g32, u32, dh32 = (a.astype(jnp.float32) for a in (g, u, dh))
-    s = jax.nn.sigmoid(g32)
-    return (dh32 * u32 * s * (1 + g32 * (1 - s))).astype(g.dtype), (dh32 * g32 * s).astype(u.dtype)
+    return (g, u)[n - 1] if n else _silu_product(g, u)
 
 
 def plan_for(columns: int, rows: int = ROWS) -> Plan:

@@ -246,9 +246,9 @@ def _activations(
     D = cfg.d_model
     shared = cfg.moe.shared * cfg.moe.d_expert
     mixer = D * (4 * act + 8) + cfg.mixer.residual_bytes(act)
-    dense = mixer + 6 * act * cfg.d_mlp
+    dense = mixer + 3 * act * cfg.d_mlp  # gate, up and their product
     router = D * (act + 4) + 20 * cfg.moe.experts  # float32
-    moe = mixer + router + 6 * act * shared
+    moe = mixer + router + 3 * act * shared
     dispatch = _dispatch_bytes(cfg, act, sizes, rules) if cfg.n_moe else 0.0
     n_moe = cfg.n_moe + cfg.n_mtp
     dots = {"dense": 2 * cfg.d_mlp * act, "moe": 2 * shared * act + 4 * cfg.moe.experts}
@@ -325,7 +325,7 @@ def _dispatch_bytes(
     """Bytes a token of one mixture's expert rows."""
     exchange, lay = _exchange(cfg, sizes, rules)
     width = cfg.moe.d_expert / sharding.ways(lay.mlp, sizes)
-    row, size = (2 * cfg.d_model + 6 * width) * act, lay.group.size
+    row, size = (2 * cfg.d_model + 3 * width) * act, lay.group.size
     return exchange.residual_bytes(row, size=size, moe=cfg.moe, d_model=cfg.d_model, act=act)
 
 

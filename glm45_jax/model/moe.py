@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from glm45_jax import sharding
 from glm45_jax.kernels import fp8
 from glm45_jax.kernels.fp8_matmul import grouped_matmul_fp8
-from glm45_jax.kernels.grouped_matmul import gated_matmul, grouped_matmul
+from glm45_jax.kernels.grouped_matmul import gated_matmul, grouped_matmul, silu_product
 from glm45_jax.kernels.linear import linear, linears
 from glm45_jax.kernels.routing import route
 from glm45_jax.model.expert_parallel import ExpertWeights, mixture
@@ -80,7 +80,7 @@ def swiglu(p: MlpParams, x_BTD: jax.Array) -> jax.Array:
     """down(silu(gate x) * up x): x[B, T, D] · w[D, F/tensor] -> [B, T, D]."""
     up = "btd,df->btf"
     gate_BTF, up_BTF = linears(x_BTD, (up, p.gate_DF), (up, p.up_DF))
-    return linear("btf,fd->btd", jax.nn.silu(gate_BTF) * up_BTF, p.down_FD)
+    return linear("btf,fd->btd", silu_product(gate_BTF, up_BTF), p.down_FD)
 
 
 @dataclasses.dataclass(frozen=True)

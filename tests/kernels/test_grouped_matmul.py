@@ -531,3 +531,17 @@ def test_implementations_agree_on_a_gpu_in_bfloat16():
         for ours, theirs in zip(first, other, strict=True):
             ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
             assert jnp.linalg.norm((ours - theirs).ravel()) / jnp.linalg.norm(theirs.ravel()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype, rtol", [(jnp.float32, 1e-6), (jnp.bfloat16, 2**-8)])
+def test_a_product_with_silu_is_rounded_once_forward_and_backward(dtype, rtol):
+    rng = np.random.default_rng(0)
+    g, u, h = (jnp.asarray(4 * rng.normal(size=(64, 33)), dtype) for _ in range(3))
+    g = g.at[0, :4].set(jnp.asarray([-300, -90, 90, 300], dtype))  # exp of the first is no float32
+    out, pull = jax.vjp(op.silu_product, g, u)
+    g64, u64, h64 = (np.asarray(a, np.float64) for a in (g, u, h))
+    s = (1 + np.tanh(g64 / 2)) / 2
+    exact = s * g64 * u64, h64 * u64 * s * (1 + g64 * (1 - s)), h64 * g64 * s
+    for ours, right in zip((out, *pull(h)), exact, strict=True):
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(np.asarray(ours, np.float64), right, rtol=rtol, atol=1e-6)

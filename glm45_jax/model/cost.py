@@ -245,10 +245,11 @@ def _activations(
     """
     D = cfg.d_model
     shared = cfg.moe.shared * cfg.moe.d_expert
+    gated = _gated_copies(cfg) * act
     mixer = D * (4 * act + 8) + cfg.mixer.residual_bytes(act)
-    dense = mixer + 3 * act * cfg.d_mlp  # gate, up and their product
+    dense = mixer + gated * cfg.d_mlp
     router = D * (act + 4) + 20 * cfg.moe.experts  # float32
-    moe = mixer + router + 3 * act * shared
+    moe = mixer + router + gated * shared
     dispatch = _dispatch_bytes(cfg, act, sizes, rules) if cfg.n_moe else 0.0
     n_moe = cfg.n_moe + cfg.n_mtp
     dots = {"dense": 2 * cfg.d_mlp * act, "moe": 2 * shared * act + 4 * cfg.moe.experts}
@@ -319,13 +320,20 @@ def _layer_weights(
     return total
 
 
+def _gated_copies(cfg: ModelConfig) -> int:
+    """Arrays as wide as an MLP: gate, up and their product; of a block that is recomputed the
+    gradients of these as well, which its backward pass has beside them.
+    """
+    return 3 if cfg.remat == "none" else 6
+
+
 def _dispatch_bytes(
     cfg: ModelConfig, act: int, sizes: Mapping[str, int], rules: sharding.Rules
 ) -> float:
     """Bytes a token of one mixture's expert rows."""
     exchange, lay = _exchange(cfg, sizes, rules)
     width = cfg.moe.d_expert / sharding.ways(lay.mlp, sizes)
-    row, size = (2 * cfg.d_model + 3 * width) * act, lay.group.size
+    row, size = (2 * cfg.d_model + _gated_copies(cfg) * width) * act, lay.group.size
     return exchange.residual_bytes(row, size=size, moe=cfg.moe, d_model=cfg.d_model, act=act)
 
 

@@ -35,13 +35,14 @@ def test_output_and_gradients_of_a_function():
     assert (float(out), float(dx), float(dy)) == (6.0, 15.0, 10.0)
 
 
-@pytest.mark.parametrize("case", [attention.Case(1, 96, 4, 2, 16, documents=3)], ids=str)
+@pytest.mark.parametrize("case", [attention.Case(1, 96, 4, 2, 64, documents=3)], ids=str)
 def test_attention_has_a_row_a_contender_with_its_error_or_why_not(case):
     rows = attention.measure(case, samples=1, skip=(), ceiling=1.0)
     assert [r["op"] for r in rows] == ["attention fwd"] * 2 + ["attention fwd+bwd"] * 2
     ours, theirs = rows[::2], rows[1::2]
-    assert all("compute capability 9.0" in r["error"] or r["err"] < 4e-3 for r in ours)
-    assert all(r["impl"] == "reference" and r["err"] < 4e-3 for r in theirs)  # of bfloat16
+    for r in ours:  # on a GPU it has an error of one rounding to bfloat16, as the reference has
+        assert r["err"] < 2**-8 if "err" in r else "compute capability 9.0" in r["error"]
+    assert all(r["impl"] == "reference" and r["err"] < 2**-8 for r in theirs)
     starts = np.flatnonzero(case.starts_BT[0]).tolist()
     lengths = np.diff([0, *starts, case.T])
     pairs = np.square(lengths).sum() / 2

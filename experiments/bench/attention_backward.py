@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench.kernels import forward_and_backward
-from experiments.bench.kernels_attention import Case, draw, median_ms, of_sdpa
-from experiments.bench.seconds import BEGAN, said
+from experiments.bench.kernels_attention import Case, draw, of_sdpa
+from experiments.bench.seconds import BEGAN, median_ms, said
 from glm45_jax.kernels.attention import attention
 from glm45_jax.kernels.attention_gpu import Tuning, flash_attention
 

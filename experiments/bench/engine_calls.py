@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # the kept rows had it
+
 import jax
 import numpy as np
 
-from experiments.bench.kernels_attention import median_ms
 from experiments.bench.results import device_name, merge_rows
+from experiments.bench.seconds import median_ms
 from glm45_jax import params as params_lib
 from glm45_jax.hf import smollm2
 from glm45_jax.metrics import setup_logging

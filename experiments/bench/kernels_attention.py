@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import math
 import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -63,11 +61,11 @@ class Case:
         values = f" v{self.U}" if self.U else ""
         return f"B{self.B} T{self.T} {self.N}/{self.K} d{self.H}{values}{packed}"
 
-    def shapes(self, heads_first: bool = False) -> list[tuple[int, int, int, int]]:
+    def shapes(self) -> list[tuple[int, int, int, int]]:
         """Of q, k, v and a cotangent."""
         U = self.U or self.H
         sizes = (self.N, self.H), (self.K, self.H), (self.K, U), (self.N, U)
-        return [(self.B, n, self.T, H) if heads_first else (self.B, self.T, n, H) for n, H in sizes]
+        return [(self.B, self.T, n, H) for n, H in sizes]
 
     @functools.cached_property
     def starts_BT(self) -> np.ndarray:
@@ -97,17 +95,6 @@ def draw(case: Case, dtype: Any) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(0), 4)
     pairs = zip(keys, case.shapes(), strict=True)
     return [jax.random.normal(key, shape, dtype) for key, shape in pairs]
-
-
-def median_ms(f: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
-    """Of `repeats` calls, each waited for, after two that warm up."""
-    wait(f()), wait(f())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        wait(f())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
 
 
 def jax_impls(case: Case) -> dict[str, Callable[..., jax.Array]]:

@@ -1,13 +1,15 @@
 """The seconds that a benchmark has: what it says with those since its start, and runs that are
-stopped when they are spent.
+stopped when they are spent; and what a call takes.
 """
 
 import contextlib
 import os
 import signal
+import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 BEGAN = time.monotonic()  # when this was imported, nearly the start of the process
 
@@ -36,3 +38,14 @@ def stopped_at(ends: float) -> Iterator[None]:
     finally:
         left.set()
         thread.join()
+
+
+def median_ms(f: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
+    """Of `repeats` calls, each waited for, after two that warm up."""
+    wait(f()), wait(f())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        wait(f())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3

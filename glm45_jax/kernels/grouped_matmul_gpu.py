@@ -230,12 +230,6 @@ def _scratch(
     }
 
 
-def _nowhere() -> Place:
-    """A place as `locate` gives them."""
-    zero = jnp.int32(0)
-    return Place(zero, zero, zero, zero > 0, zero)
-
-
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype", "plan", "interpret"))
 def rows_by_matrix(
     x_RK: jax.Array,
@@ -408,7 +402,6 @@ def _rows_by_matrices(
                 columns=part,
                 overlap=plan.overlap,
                 dtype=dtype,
-                nowhere=_nowhere(),
                 results=results,
                 share=share if halved else None,
             )
@@ -562,7 +555,6 @@ def rows_by_all(
                 columns=width,
                 overlap=overlap,
                 dtype=x_RD.dtype,
-                nowhere=_nowhere(),
                 results=results,
             )
 

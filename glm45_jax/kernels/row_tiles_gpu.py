@@ -347,7 +347,7 @@ def consume(
     columns: int,
     overlap: int,
     dtype: Any,
-    nowhere: Place,
+    nowhere: Place | None = None,
     finish: Any = None,
     results: int = 1,
     share: Any = None,
@@ -358,7 +358,8 @@ def consume(
     results: sums of `columns` columns that a step adds to, by a wgmma each. locate(j) -> (steps,
     place, context), steps >= max(1, overlap). multiply(accs, slot, k, context) issues them.
     finish(sums, place, context) -> what to store of one, of `dtype`; without it, rounded sums.
-    store(values, place, part, parts) writes part `part` of all. nowhere: a place, for its types.
+    store(values, place, part, parts) writes part `part` of all. nowhere: a place of its kind, where
+    that has fewer fields.
     share(steps, place) -> how many of the steps this consumer multiplies, `overlap` at least; it
     leaves the others to the other one.
     """
@@ -402,7 +403,8 @@ def consume(
 
     nothing = plgpu.layout_cast(jnp.zeros((HALF, columns), dtype), plgpu.Layout.WGMMA)
     nothing, zero = (nothing,) * results, jnp.int32(0)
-    _, place, values = lax.fori_loop(zero, n_tiles, tile, (zero, nowhere, nothing))
+    start = nowhere or Place(zero, zero, zero, zero > 0, zero)
+    _, place, values = lax.fori_loop(zero, n_tiles, tile, (zero, start, nothing))
     if overlap:
 
         @pl.when(n_tiles > 0)

@@ -7,7 +7,6 @@ real. Those for TPU run in an interpreter, and test_attention_tpu.py compiles th
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -205,10 +204,7 @@ def test_the_sizes_of_every_pair_of_widths_fit_a_block_of_hopper():
         (128, 256, "not (128, 256)"),
     ],
 )
-def test_mosaic_says_which_widths_it_takes(H, U, why, monkeypatch):
-    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
-    for module in (dispatch, op):
-        monkeypatch.setattr(module, "device", lambda: hopper)
+def test_mosaic_says_which_widths_it_takes(H, U, why, on_hopper):
     q, v = (jax.ShapeDtypeStruct((1, 64, 2, width), jnp.bfloat16) for width in (H, U))
     found = op._mosaic_supports(q, q, v)
     assert found is None if why is None else why in found
@@ -327,10 +323,7 @@ def test_on_a_mesh_each_device_runs_its_own_rows_and_heads(monkeypatch):
 
 
 @pytest.mark.parametrize(("there", "taken"), [(True, "_cudnn"), (False, "_mosaic")])
-def test_mosaic_yields_to_cudnn_only_where_it_is_installed(there, taken, monkeypatch):
-    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
-    for module in (dispatch, op):
-        monkeypatch.setattr(module, "device", lambda: hopper)
+def test_mosaic_yields_to_cudnn_only_where_it_is_installed(there, taken, on_hopper, monkeypatch):
     monkeypatch.setattr(op, "_cudnn_there", lambda: there)
     q, k = (jax.ShapeDtypeStruct((1, 2048, heads, 64), jnp.bfloat16) for heads in (4, 2))
     assert dispatch.pick("attention", op.IMPLS, "auto", q, k, k).__name__ == taken

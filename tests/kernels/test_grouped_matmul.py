@@ -8,7 +8,6 @@ real. The one for TPU runs in an interpreter, and test_grouped_matmul_tpu.py com
 import functools
 import itertools
 import re
-from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
@@ -19,7 +18,6 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from glm45_jax.kernels import dispatch
 from glm45_jax.kernels import grouped_matmul as op
 from glm45_jax.kernels import grouped_matmul_gpu as gpu
 from glm45_jax.kernels import grouped_matmul_tpu as tpu
@@ -206,6 +204,12 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_in_the_interpreter(sizes, r
     assert_rounded_once((out, *pull(g)), exact)
 
 
+def silu_by_hand(z, u, cotangent):
+    """silu(z) * u and its gradients in float64."""
+    s = (1 + np.tanh(z / 2)) / 2
+    return z * s * u, cotangent * u * s * (1 + z * (1 - s)), cotangent * z * s
+
+
 def draw_gated(sizes, D, F, R=272, seed=0):
     """Arguments of `gated_matmul`, a cotangent, and the value and gradients by hand in float64, of
     gate's and up's products rounded to bfloat16.
@@ -217,11 +221,10 @@ def draw_gated(sizes, D, F, R=272, seed=0):
     z, u = (
         np.asarray(a, jnp.bfloat16).astype(np.float64) for a in (gated, by_hand(x64, up64, sizes))
     )
-    s = (1 + np.tanh(z / 2)) / 2
-    dz, du = g64 * u * s * (1 + z * (1 - s)), g64 * z * s
+    h, dz, du = silu_by_hand(z, u, g64)
     dx = by_hand(dz, gate64.swapaxes(1, 2), sizes) + by_hand(du, up64.swapaxes(1, 2), sizes)
     dw = (gradient_by_hand(x64, d, sizes) for d in (dz, du))
-    return (x, gate, up, sizes, g), (z * s * u, dx, *dw)
+    return (x, gate, up, sizes, g), (h, dx, *dw)
 
 
 def gated_both_ways(run, x, gate, up, sizes, g):
@@ -275,9 +278,7 @@ def test_the_fused_gated_product_says_what_it_cannot_take():
         ("auto", 4092, set()),
     ],
 )
-def test_gate_and_up_are_one_kernel_where_rows_fill_its_tiles(impl, R, kernels, monkeypatch):
-    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
-    monkeypatch.setattr(dispatch, "device", lambda: hopper)
+def test_gate_and_up_are_one_kernel_where_rows_fill_its_tiles(impl, R, kernels, on_hopper):
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     args = of((R, 256)), of((8, 256, 128)), of((8, 256, 128)), of((8,), dtype=jnp.int32)
     run = jax.jit(functools.partial(op.gated_matmul, impl=impl))
@@ -451,10 +452,10 @@ def test_the_mosaic_kernel_equals_a_loop_over_groups_on_a_gpu(sizes):
     assert_rounded_once((out, dx, dw), exact)
 
 
-def draw_widths(D, F, E):
-    """`draw_half` at the widths of a model."""
+def draw_widths(D, F, E, by=draw_half):
+    """What `draw_half` or `draw_gated` draws, at the widths of a model."""
     shares = np.random.default_rng(F).dirichlet(np.ones(E))
-    return draw_half(np.random.default_rng(D).multinomial(4000, shares), D, F, R=4096)
+    return by(np.random.default_rng(D).multinomial(4000, shares), D, F, R=4096)
 
 
 def assert_near(ours, exact):
@@ -483,9 +484,7 @@ def test_a_tile_may_be_stored_over_any_steps_of_the_next_at_model_widths(D, F, E
 @pytest.mark.gpu
 @pytest.mark.parametrize("D, F, E", WIDTHS)
 def test_the_fused_gated_product_equals_two_and_silu_three_times_at_model_widths(D, F, E):
-    shares = np.random.default_rng(F).dirichlet(np.ones(E))
-    sizes = np.random.default_rng(D).multinomial(4000, shares)
-    args, exact = draw_gated(sizes, D, F, R=4096)
+    args, exact = draw_widths(D, F, E, draw_gated)
     runs = [gated_both_ways(gpu.gated_matmul, *args) for _ in range(3)]
     assert_near(runs[0], exact)
     for a, *others in zip(*runs, strict=True):
@@ -540,8 +539,7 @@ def test_a_product_with_silu_is_rounded_once_forward_and_backward(dtype, rtol):
     g = g.at[0, :4].set(jnp.asarray([-300, -90, 90, 300], dtype))  # exp of the first is no float32
     out, pull = jax.vjp(op.silu_product, g, u)
     g64, u64, h64 = (np.asarray(a, np.float64) for a in (g, u, h))
-    s = (1 + np.tanh(g64 / 2)) / 2
-    exact = s * g64 * u64, h64 * u64 * s * (1 + g64 * (1 - s)), h64 * g64 * s
+    exact = silu_by_hand(g64, u64, h64)
     for ours, right in zip((out, *pull(h)), exact, strict=True):
         assert ours.dtype == dtype
         np.testing.assert_allclose(np.asarray(ours, np.float64), right, rtol=rtol, atol=1e-6)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from glm45_jax import sharding
 from glm45_jax.kernels.dispatch import Implementation, anything, not_tpu, pick
 
 TILE = 128  # tokens that are counted together
@@ -88,18 +89,21 @@ def counting(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) 
 
 
 def mosaic(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) -> Routing:
-    """The same, its experts chosen by the Pallas kernel for Hopper (routing_gpu.py)."""
+    """The same in one Pallas kernel for Hopper (routing_gpu.py)."""
     from glm45_jax.kernels import routing_gpu  # Pallas is imported where it is used
 
-    score_ME, choice_ME = _choices(logits_ME, bias_E, groups, top_groups)
-    expert_MA = routing_gpu.top_k(choice_ME, top_k)
-    return _sent_to(expert_MA, score_ME, by_counting, norm_topk, scale)
+    # Beside collectives half of the multiprocessors, for these hold some and all blocks must run.
+    alone = (ambient := sharding.current()) is None or ambient[0].size == 1
+    most = routing_gpu.CTAS if alone else routing_gpu.CTAS // 2
+    how = dict(top_k=top_k, norm_topk=norm_topk, scale=scale, most=most)
+    run = functools.partial(routing_gpu.route, **how)
+    return by_kernel(run, norm_topk, scale, logits_ME, bias_E)
 
 
-def _mosaic_supports(logits_ME, bias_E, *, top_k, **_: Any) -> str | None:
+def _mosaic_supports(logits_ME, bias_E, *, top_k, groups=1, **_: Any) -> str | None:
     from glm45_jax.kernels import routing_gpu
 
-    return routing_gpu.refuses_top_k(logits_ME, top_k)
+    return routing_gpu.refuses(logits_ME, top_k, groups)
 
 
 def mosaic_tpu(logits_ME, bias_E, **kwargs) -> Routing:
@@ -115,17 +119,42 @@ def _mosaic_tpu_supports(logits_ME, bias_E, **kwargs) -> str | None:
     return not_tpu() or routing_tpu.refuses(logits_ME, bias_E, **kwargs)
 
 
-def _choices(logits_ME, bias_E, groups, top_groups) -> tuple[jax.Array, jax.Array]:
-    """Scores, and those that experts are chosen by, biased, -inf outside the best groups."""
-    score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
-    choice_ME = jax.lax.stop_gradient(score_ME + bias_E[None, :].astype(jnp.float32))
-    return score_ME, keep_groups(choice_ME, groups=groups, top_groups=top_groups)
-
-
 def _chosen(logits_ME, bias_E, top_k, groups, top_groups) -> tuple[jax.Array, jax.Array]:
     """Scores, and the experts of the best biased ones."""
-    score_ME, choice_ME = _choices(logits_ME, bias_E, groups, top_groups)
+    score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
+    choice_ME = jax.lax.stop_gradient(score_ME + bias_E[None, :].astype(jnp.float32))
+    choice_ME = keep_groups(choice_ME, groups=groups, top_groups=top_groups)
     return score_ME, jax.lax.top_k(choice_ME, top_k)[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def by_kernel(run: Any, norm_topk: bool, scale: float, logits_ME, bias_E) -> Routing:
+    """`Routing` of what `run(logits_ME, bias_E)` gives: its fields in order. The gradient is XLA's,
+    of one pass over the logits, none of it a scatter.
+    """
+    return Routing(*run(logits_ME, bias_E))
+
+
+def _by_kernel_fwd(run, norm_topk, scale, logits_ME, bias_E):
+    routing = by_kernel(run, norm_topk, scale, logits_ME, bias_E)
+    return routing, (logits_ME, bias_E, routing.expert_MA)
+
+
+def _by_kernel_bwd(run, norm_topk, scale, saved, g: Routing):
+    logits_ME, bias_E, expert_MA = saved
+    hit_MAE = expert_MA[:, :, None] == jnp.arange(logits_ME.shape[1])[None, None]
+
+    def gates(logits_ME):
+        score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
+        gate_MA = jnp.where(hit_MAE, score_ME[:, None, :], 0).sum(axis=2)
+        if norm_topk:
+            gate_MA = gate_MA / (gate_MA.sum(axis=1, keepdims=True) + 1e-20)
+        return gate_MA * scale
+
+    return *jax.vjp(gates, logits_ME)[1](g.gate_MA), jnp.zeros_like(bias_E)
+
+
+by_kernel.defvjp(_by_kernel_fwd, _by_kernel_bwd)
 
 
 def _sent_to(expert_MA, score_ME, order, norm_topk, scale) -> Routing:

@@ -1,6 +1,6 @@
-"""The choice of experts, and rows of tokens sent to their places, on Hopper in Pallas Mosaic GPU.
+"""The routing of tokens, and their rows sent to their places, on Hopper in Pallas Mosaic GPU.
 
-`top_k` reads the choices of 64 tokens into registers once and takes their maxima one after another.
+`route` reads the logits of 64 tokens into registers once and takes their maxima one after another.
 `copy_rows` and `put_rows` read a token's row once and write it to all of its places: in expert
 order it would be read A times, too far apart for the cache to keep it. Every row is written once:
 no atomics, the same bits every time. Letters: M E A R D.
@@ -9,6 +9,7 @@ no atomics, the same bits every time. Letters: M E A R D.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from glm45_jax.kernels import hopper
@@ -23,7 +25,12 @@ from glm45_jax.kernels.dispatch import not_hopper
 from glm45_jax.kernels.hopper import HALF
 
 THREADS = 128
-MOST_EXPERTS = 256  # 64 x 256 choices and their places are 256 registers a thread: already spilled
+CTAS = 128  # blocks of `route`, at most; they wait for each other
+MOST_EXPERTS = 192  # 204 KB of shared memory
+MOST_TOKENS = 1 << 18  # what a block counts is up to 2,048, which COUNT holds
+COUNT = jnp.float16
+BITS = 10  # of a total, in the lower of two numbers of COUNT
+LOWEST = float(jnp.finfo(jnp.float32).min)  # of a choice; -inf is one that was taken
 VECTOR = 16  # bytes that a thread reads at once
 MOST_BYTES = 128 * 1024  # of rows that a block of `copy_rows` holds in shared memory
 
@@ -38,48 +45,285 @@ class Tokens:
     at_once: int = 4
 
 
-def refuses_top_k(choice_ME: jax.Array | jax.ShapeDtypeStruct, A: int) -> str | None:
-    """Why `top_k` cannot run there, or None."""
+def refuses(logits_ME: jax.Array | jax.ShapeDtypeStruct, top_k: int, groups: int = 1) -> str | None:
+    """Why `route` cannot run there, or None."""
     if why := not_hopper():
         return why
-    E = choice_ME.shape[1]
-    if E % 8 or E > MOST_EXPERTS:
-        return f"{E} experts are not a multiple of 8 up to {MOST_EXPERTS}"
-    return f"top_k {A} is above {E} experts" if A > E else None
+    M, E = logits_ME.shape
+    if groups != 1:
+        return f"experts come in {groups} groups, the kernel knows one"
+    if E > MOST_EXPERTS:
+        return f"{E} experts are more than {MOST_EXPERTS}"
+    if M > MOST_TOKENS or M * top_k >= 1 << 24:
+        return f"{M} tokens are more than {MOST_TOKENS}, or their rows than 2**24"
+    if top_k > E:
+        return f"top_k {top_k} is above {E} experts"
+    cores = getattr(jax.devices()[0], "core_count", CTAS)
+    if cores < CTAS:
+        return f"{cores} multiprocessors, its {CTAS} blocks must run at once"
+    return None
 
 
-def top_k(choice_ME: jax.Array, A: int, *, interpret: bool = False) -> jax.Array:
-    """The A largest of each row, largest first, of equals the first: their places, int32 [M, A].
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Of one call: M tokens in tiles of HALF, `each` tiles a block; E experts, padded to `wide`."""
 
-    choice_ME: float32, E a multiple of 8. As `lax.top_k(choice_ME, A)[1]`, which is for any A and
-    sorts; but zeros of both signs are equal here, and so are NaN and infinity.
+    M: int
+    E: int
+    A: int
+    most: int
+    interpret: bool
+
+    @property
+    def each(self) -> int:
+        return pl.cdiv(pl.cdiv(self.M, HALF), self.most)
+
+    @property
+    def atom(self) -> int:
+        """Columns of a swizzle atom of COUNT."""
+        return 64 if self.wide % 64 == 0 else 32
+
+    @property
+    def blocks(self) -> int:
+        """A multiple of the atom, for wgmma sums over them; the last ones may have no token."""
+        blocks = pl.cdiv(pl.cdiv(self.M, HALF), self.each)
+        return blocks if self.interpret else pl.cdiv(blocks, self.atom) * self.atom
+
+    @property
+    def rows(self) -> int:
+        return self.blocks * self.each * HALF
+
+    @property
+    def wide(self) -> int:
+        return pl.cdiv(self.E, 32) * 32
+
+    def tiles(self, body, start):
+        """Folds body(first token, carry) over the tiles of this block."""
+        first = lax.axis_index("block") * self.each * HALF
+        if self.each == 1:
+            return body(first, start)
+        return _each(self.each, lambda i, carry: body(first + i * HALF, carry), start)
+
+
+@functools.partial(jax.jit, static_argnames=("top_k", "norm_topk", "scale", "most", "interpret"))
+def route(
+    logits_ME: jax.Array,
+    bias_E: jax.Array,
+    *,
+    top_k: int,
+    norm_topk: bool,
+    scale: float,
+    most: int = CTAS,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """expert[M, A], gate[M, A], order[R], place[M, A] and rows[E] of `routing.Routing`, in one
+    kernel. Equal scores go to the lower expert, NaN first, as by `lax.top_k`; but zeros of both
+    signs are equal here, and so are NaN and infinity.
+
+    Blocks, at most `most`, choose for their tokens, count, wait for each other, and place their
+    rows by all counts. Each takes a multiprocessor and all must find one before any goes on: a
+    collective beside them keeps them waiting, and of two such kernels one must be started whole
+    before the other, as one process does it.
+    The interpreter knows no such wait: it gets both halves as two kernels, whose border is one.
     """
-    M, E = choice_ME.shape
-    tiles = pl.cdiv(M, HALF)
-    choice_ME = choice_ME.astype(jnp.float32)
-    choice_ME = jnp.where(jnp.isnan(choice_ME), jnp.inf, choice_ME)  # NaN equals nothing
-    choice_ME = jnp.pad(choice_ME, ((0, tiles * HALF - M), (0, 0)))
+    M, E = logits_ME.shape
+    s = _Sizes(M, E, top_k, most, interpret)
+    logits_ME = jnp.pad(logits_ME.astype(jnp.float32), ((0, s.rows - s.M), (0, s.wide - s.E)))
+    bias_E = jnp.pad(bias_E.astype(jnp.float32), (0, s.wide - s.E))
+    triangle = np.tril(np.ones((HALF, HALF), COUNT), -1)
+    upper = np.triu(np.ones((s.wide, s.wide), COUNT), 1)
+    of = jax.ShapeDtypeStruct
+    counts = of((s.blocks, 8, s.wide), COUNT)  # each row eight times: TMA writes tiles of eight
+    chosen = of((s.rows, s.A), jnp.int32), of((s.rows, s.A), jnp.float32), counts
+    total = of((HALF, s.wide), jnp.int32)
+    placed = of((s.M * s.A,), jnp.int32), of((s.rows, s.A), jnp.int32), total
+    choose = functools.partial(_choose, s, norm_topk, scale)
+    place = functools.partial(_place, s)
 
-    def kernel(choice_ref, out_ref):
-        rows = pl.ds(lax.axis_index("tile") * HALF, HALF)
-        value = plgpu.load(choice_ref.at[rows], layout=plgpu.Layout.WGMMA, optimized=False)
-        # E - place: the largest of equals is the first, and none that was taken is above 0.
-        left = (E - hopper.index((HALF, E), 1)).astype(jnp.float32)
-        for a in range(A):
-            equal = value == hopper.across(value.max(axis=1), E)
-            found = jnp.where(equal, left, 0.0).max(axis=1)
-            out_ref.at[a, rows][...] = E - found.astype(jnp.int32)
-            taken = left == hopper.across(found, E)
-            value, left = jnp.where(taken, -jnp.inf, value), jnp.where(taken, 0.0, left)
+    def both(logits, bias, triangle, upper, expert, gate, counts, order, spot, total, mem):
+        choose(logits, bias, expert, gate, counts, mem)
+        met = pl.get_global(plgpu.SemaphoreType.REGULAR)
+        plgpu.semaphore_signal(met, memory_scope="gpu")
+        plgpu.semaphore_wait(met, s.blocks, decrement=False, memory_scope="gpu")
+        place(triangle, upper, expert, counts, order, spot, total, mem)
 
-    run = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((A, tiles * HALF), jnp.int32),
-        grid=(tiles,),
-        grid_names=("tile",),
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )
-    return run(choice_ME).T[:M]
+    def kernel(body, out):
+        return plgpu.kernel(
+            body,
+            out_type=out,
+            scratch_types=[_scratch(s)],
+            grid=(s.blocks,),
+            grid_names=("block",),
+            interpret=plgpu.InterpretGPUParams() if interpret else None,
+        )
+
+    if interpret:
+        expert, gate, counts = kernel(choose, chosen)(logits_ME, bias_E)
+        order, spot, total = kernel(place, placed)(triangle, upper, expert, counts)
+    else:
+        args = logits_ME, bias_E, triangle, upper
+        expert, gate, _, order, spot, total = kernel(both, chosen + placed)(*args)
+    return expert[: s.M], gate[: s.M], order, spot[: s.M], total[0, : s.E]
+
+
+def _scratch(s: _Sizes) -> dict[str, Any]:
+    def tiled(rows, columns, dtype, atom):
+        tile: Any = plgpu.TilingTransform
+        swizzle: Any = plgpu.SwizzleTransform
+        atoms = tile((8, atom)), swizzle(atom * jnp.dtype(dtype).itemsize)
+        return plgpu.SMEM((rows, columns), dtype, transforms=atoms)
+
+    return {
+        "score": tiled(HALF, s.wide, jnp.float32, 32),
+        "hit": tiled(HALF, s.wide, COUNT, s.atom),
+        "counts": tiled(max(HALF, s.blocks), s.wide, COUNT, s.atom),
+        "triangle": tiled(HALF, HALF, COUNT, s.atom),
+        "upper": tiled(s.wide, s.wide, COUNT, s.atom),
+        "loaded": plgpu.Barrier(num_arrivals=3),
+        "words": plgpu.SMEM((s.A, HALF), jnp.int32),  # experts, then places
+        "gates": plgpu.SMEM((s.A, HALF), jnp.float32),
+    }
+
+
+def _each(n: int, body, start=None):
+    """Folds body(i, carry) over n. Loops stay loops here: written out, `route` is more code than
+    the cache of instructions holds, and waits for it.
+    """
+    return lax.fori_loop(jnp.int32(0), jnp.int32(n), body, start)
+
+
+def _choose(
+    s: _Sizes, norm_topk, scale, logits_ref, bias_ref, expert_ref, gate_ref, counts_ref, mem
+):
+    """The first half: the best experts of each token, their gates, and the block's counts."""
+    row, column = (hopper.index((HALF, s.wide), axis) for axis in (0, 1))
+    ones = hopper.filled((HALF, HALF), 1.0, plgpu.Layout.WGMMA).astype(COUNT)
+
+    def tile(first, count):
+        tokens = pl.ds(first, HALF)
+        logits = plgpu.load(logits_ref.at[tokens], layout=plgpu.Layout.WGMMA, optimized=False)
+        bias = plgpu.load(bias_ref, layout=hopper.COLUMN, optimized=False)
+        score = 1 / (1 + jnp.exp(-logits))
+        mem["score"][...] = score  # registers do not hold it beside the choices
+        value = score + hopper.down(bias, HALF)
+        value = jnp.where(value != value, jnp.inf, jnp.maximum(value, LOWEST))
+        value = jnp.where(column < s.E, value, -jnp.inf)  # no expert: as if taken
+
+        def choose(a, value):
+            equal = value == hopper.across(value.max(axis=1), s.wide)
+            found = jnp.where(equal, column, s.wide).min(axis=1)
+            expert_ref.at[tokens, a][...] = found
+            mem["words"].at[a][...] = found
+            return jnp.where(column == hopper.across(found, s.wide), -jnp.inf, value)
+
+        value = _each(s.A, choose, value)
+        hit = (value == -jnp.inf) & (column < s.E) & (row + first < s.M)
+        mem["hit"][...] = jnp.where(hit, 1.0, 0.0).astype(COUNT)
+        plgpu.commit_smem()
+        score = plgpu.load(mem["score"], layout=plgpu.Layout.WGMMA)
+
+        def weigh(a, total):
+            gate = jnp.where(_chosen(mem, a, column), score, 0.0).sum(axis=1)
+            mem["gates"].at[a][...] = gate
+            return total + gate
+
+        total = _each(s.A, weigh, hopper.filled((HALF,), 1e-20, hopper.ROW))
+
+        def norm(a, _):
+            gate = plgpu.load(mem["gates"].at[a], layout=hopper.ROW)
+            gate_ref.at[tokens, a][...] = (gate / total if norm_topk else gate) * scale
+
+        _each(s.A, norm)
+        more = hopper.product(ones, mem["hit"], s.interpret)
+        return more if count is None else count + more
+
+    zeros = hopper.filled((HALF, s.wide), 0.0, plgpu.Layout.WGMMA)
+    count = s.tiles(tile, None if s.each == 1 else zeros)
+    mem["counts"].at[:HALF][...] = count.astype(COUNT)
+    plgpu.commit_smem()
+    own = counts_ref.at[lax.axis_index("block")]
+    plgpu.copy_smem_to_gmem(mem["counts"].at[:8], own)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _place(
+    s: _Sizes, triangle_ref, upper_ref, expert_ref, counts_ref, order_ref, place_ref, total_ref, mem
+):
+    """The second half. The first place of a block's rows of each expert is a sum over all counts,
+    the place of a token after it one over the tile: products with triangles of ones. The 64 rows of
+    the first are alike.
+    """
+    block = lax.axis_index("block")
+    column = hopper.index((HALF, s.wide), 1)
+    row, which = hopper.index((HALF, s.wide), 0), hopper.index((HALF, s.blocks), 1)
+    counts = mem["counts"].at[: s.blocks]
+    plgpu.copy_gmem_to_smem(counts_ref.at[:, 0], counts, mem["loaded"])
+    plgpu.copy_gmem_to_smem(triangle_ref, mem["triangle"], mem["loaded"])
+    plgpu.copy_gmem_to_smem(upper_ref, mem["upper"], mem["loaded"])
+    plgpu.barrier_wait(mem["loaded"])
+
+    def counted(some):
+        """Counts of some blocks."""
+        some = jnp.where(some, 1.0, 0.0).astype(COUNT)
+        return hopper.product(some, counts, s.interpret)
+
+    total = counted(which >= 0)
+
+    @pl.when(block == 0)
+    def _():
+        total_ref[...] = total.astype(jnp.int32)
+
+    high = (total.astype(jnp.int32) >> BITS).astype(jnp.float32)
+    low = total - high * 2**BITS
+    start = hopper.product(high.astype(COUNT), mem["upper"], s.interpret) * 2**BITS
+    start += hopper.product(low.astype(COUNT), mem["upper"], s.interpret)
+
+    def tile(first, base):
+        tokens = pl.ds(first, HALF)
+
+        def hits(a, hit):
+            expert = plgpu.load(expert_ref.at[tokens, a], layout=hopper.ROW, optimized=False)
+            mem["words"].at[a][...] = expert
+            return jnp.where(_chosen(mem, a, column), 1.0, hit)
+
+        if s.each > 1 or s.interpret:  # else the first half left them there
+            zeros = hopper.filled((HALF, s.wide), 0.0, plgpu.Layout.WGMMA)
+            hit = jnp.where(row + first < s.M, _each(s.A, hits, zeros), 0.0)
+            mem["hit"][...] = hit.astype(COUNT)
+            plgpu.commit_smem()
+        spot = base + hopper.product(mem["triangle"], mem["hit"], s.interpret)
+
+        def places(a, _):
+            place = jnp.where(_chosen(mem, a, column), spot, 0.0).sum(axis=1).astype(jnp.int32)
+            place_ref.at[tokens, a][...] = place
+            mem["words"].at[a][...] = place
+
+        _each(s.A, places)
+        _invert(s, first, mem["words"], order_ref)
+        if s.each == 1:
+            return base
+        ones = hopper.filled((HALF, HALF), 1.0, plgpu.Layout.WGMMA).astype(COUNT)
+        return base + hopper.product(ones, mem["hit"], s.interpret)
+
+    s.tiles(tile, start + counted(which < block))
+
+
+def _chosen(mem, a, column):
+    """Where a token's expert of rank a is."""
+    expert = plgpu.load(mem["words"].at[a], layout=hopper.ROW)
+    return column == hopper.across(expert, column.shape[1])
+
+
+def _invert(s: _Sizes, first, place, order_ref):
+    """order[place[a, t]] = the row's index, word by word."""
+
+    def token(t, _):
+        spots = [place[a, t] for a in range(s.A)]
+        for a, spot in enumerate(spots):
+            order_ref[spot] = (first + t) * s.A + a
+
+    plgpu.commit_smem()
+    lax.fori_loop(jnp.int32(0), jnp.minimum(HALF, s.M - first), token, None)
 
 
 def refuses_places(x_MD: jax.Array | jax.ShapeDtypeStruct) -> str | None:

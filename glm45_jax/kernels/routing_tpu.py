@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from glm45_jax.kernels.routing import Routing, inverse
+from glm45_jax.kernels.routing import Routing, by_kernel, inverse
 
 TILE = 512  # tokens a step
 LANES = 128
@@ -69,11 +69,12 @@ def route(
 
     Equal scores go to the lower expert, NaN first, as by `lax.top_k`.
     """
-    return _route(logits_ME, bias_E, top_k, norm_topk, scale, interpret)
+    how = dict(top_k=top_k, norm_topk=norm_topk, scale=scale, interpret=interpret)
+    return by_kernel(functools.partial(_route, **how), norm_topk, scale, logits_ME, bias_E)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _route(logits_ME, bias_E, top_k, norm_topk, scale, interpret) -> Routing:
+def _route(logits_ME, bias_E, *, top_k, norm_topk, scale, interpret) -> tuple[jax.Array, ...]:
+    """The fields of `Routing`."""
     expert_AM, gate_AM, rows_PE1 = choose(
         logits_ME, bias_E, top_k=top_k, norm_topk=norm_topk, scale=scale, interpret=interpret
     )
@@ -81,30 +82,7 @@ def _route(logits_ME, bias_E, top_k, norm_topk, scale, interpret) -> Routing:
     packed_R = (expert_MA.reshape(-1) << _bits(R)) | jnp.arange(R, dtype=jnp.int32)
     order_R = lax.sort(packed_R, is_stable=False) & ((1 << _bits(R)) - 1)
     place_MA = inverse(order_R).reshape(expert_MA.shape)
-    return Routing(expert_MA, gate_AM.T, order_R, place_MA, rows_PE1.sum(axis=(0, 2)))
-
-
-def _route_fwd(logits_ME, bias_E, top_k, norm_topk, scale, interpret):
-    routing = _route(logits_ME, bias_E, top_k, norm_topk, scale, interpret)
-    return routing, (logits_ME, bias_E, routing.expert_MA)
-
-
-def _route_bwd(top_k, norm_topk, scale, interpret, saved, g: Routing):
-    """By XLA: one pass over the logits, none of it a scatter."""
-    logits_ME, bias_E, expert_MA = saved
-    hit_MAE = expert_MA[:, :, None] == jnp.arange(logits_ME.shape[1])[None, None]
-
-    def gates(logits_ME):
-        score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
-        gate_MA = jnp.where(hit_MAE, score_ME[:, None, :], 0).sum(axis=2)
-        if norm_topk:
-            gate_MA = gate_MA / (gate_MA.sum(axis=1, keepdims=True) + 1e-20)
-        return gate_MA * scale
-
-    return *jax.vjp(gates, logits_ME)[1](g.gate_MA), jnp.zeros_like(bias_E)
-
-
-_route.defvjp(_route_fwd, _route_bwd)
+    return expert_MA, gate_AM.T, order_R, place_MA, rows_PE1.sum(axis=(0, 2))
 
 
 def _bits(rows: int) -> int:

@@ -1,48 +1,93 @@
-"""The choice of experts, and rows put in their places and taken from them on Hopper, equal XLA's:
-here in an interpreter, on a GPU by `make gpu`.
+"""Routing, and rows put in their places and taken from them on Hopper, equal XLA's: here in an
+interpreter, on a GPU by `make gpu`.
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glm45_jax import sharding
 from glm45_jax.kernels import routing, routing_gpu
 from glm45_jax.kernels.shapes import ROUTING
 
 
-def choices(M, E, seed):
-    """Choices of which many are equal, some of them outside of every group."""
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(1, 9, (M, E)).astype(np.float32) / 4
-    return jnp.asarray(np.where(rng.random((M, E)) < 0.3, -np.inf, drawn))
+def assert_routes(logits, bias, A, norm_topk=True, most=routing_gpu.CTAS):
+    how = dict(top_k=A, norm_topk=norm_topk, scale=2.5)
+    ours = routing.Routing(*routing_gpu.route(logits, bias, most=most, interpret=True, **how))
+    right = routing.reference(logits, bias, groups=1, top_groups=1, **how)
+    for field in ("expert_MA", "order_R", "place_MA", "rows_E"):
+        np.testing.assert_array_equal(getattr(ours, field), getattr(right, field), err_msg=field)
+    np.testing.assert_allclose(ours.gate_MA, right.gate_MA, atol=1e-6)
 
 
-@pytest.mark.parametrize("M, E, A", [(1, 8, 1), (130, 16, 8), (64, 24, 3)])
-def test_the_largest_are_those_of_a_sort_and_of_equals_the_first(M, E, A):
-    for seed in range(3):
-        choice = choices(M, E, seed)
-        ours = routing_gpu.top_k(choice, A, interpret=True)
-        np.testing.assert_array_equal(ours, jax.lax.top_k(choice, A)[1])
+# One tile, many with a ragged last one, experts that no tile of columns divides, all of them taken.
+@pytest.mark.parametrize("M, E, A, norm", [(1, 8, 1, True), (130, 40, 8, True), (64, 3, 3, False)])
+def test_one_kernel_routes_as_top_k_and_a_stable_sort_do(M, E, A, norm):
+    rng = np.random.default_rng(M)
+    skewed = rng.normal(size=(M, E)) + np.linspace(-2, 2, E)  # some experts get no row
+    logits, bias = jnp.asarray(skewed, jnp.float32), jnp.asarray(rng.normal(size=E), jnp.float32)
+    assert_routes(logits, bias, A, norm)
+
+
+def test_a_block_of_many_tiles_counts_on():
+    logits = jax.random.normal(
+        jax.random.key(0), (300, 24)
+    )  # three tiles a block, one of them empty
+    assert_routes(logits, jnp.zeros(24), 5, most=2)
+
+
+def test_beside_collectives_blocks_take_half_of_the_multiprocessors(monkeypatch):
+    asked, kernel = [], routing_gpu.route
+
+    def route(*args, most, **how):
+        asked.append(most)
+        return kernel(*args, most=most, interpret=True, **how)
+
+    monkeypatch.setattr(routing_gpu, "route", route)
+    monkeypatch.setattr(routing_gpu, "refuses", lambda *_: None)
+    for devices in (1, 2):
+        mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:devices])
+        with sharding.use(mesh, sharding.Rules()):
+            routing.route(jnp.zeros((8, 8)), jnp.zeros(8), top_k=2, impl="mosaic")
+    assert asked == [128, 64]
+
+
+def test_equals_go_to_the_first_expert_and_nan_before_all():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.integers(-2, 3, size=(70, 24)), jnp.float32)  # many are equal
+    assert_routes(logits, jnp.zeros(24), 8)
+    shut = jnp.full(24, -jnp.inf).at[jnp.array([3, 5])].set(0.0)  # two are left, eight are asked
+    assert_routes(logits, shut, 8)
 
 
 def test_a_nan_is_the_largest_and_names_an_expert():
-    choice = choices(64, 8, 0).at[3, 5].set(jnp.nan).at[9].set(jnp.nan)
-    ours = routing_gpu.top_k(choice, 3, interpret=True)
-    np.testing.assert_array_equal(ours, jax.lax.top_k(choice, 3)[1])
+    logits = jax.random.normal(jax.random.key(0), (64, 24)).at[7, 4].set(jnp.nan).at[9].set(jnp.nan)
+    how = dict(top_k=3, norm_topk=True, scale=1.0, interpret=True)
+    expert, gate, *_ = routing_gpu.route(logits, jnp.zeros(24), **how)
+    right = jax.lax.top_k(logits.at[7, 4].set(99.0).at[9].set(0.0), 3)[1]
+    np.testing.assert_array_equal(expert, right)
+    assert np.isnan(gate[jnp.array([7, 9])]).all() and np.isfinite(np.delete(gate, [7, 9], 0)).all()
 
 
 def test_what_the_kernels_cannot_do_is_said(monkeypatch):
-    def said(E, A=2):
-        return routing_gpu.refuses_top_k(jax.ShapeDtypeStruct((4, E), jnp.float32), A)
+    def said(E, A=2, groups=1):
+        return routing_gpu.refuses(jax.ShapeDtypeStruct((4, E), jnp.float32), A, groups)
 
     assert "needs compute capability 9.0" in said(8)
     monkeypatch.setattr(routing_gpu, "not_hopper", lambda: None)
     assert said(128) is None
-    assert "12 experts are not a multiple of 8" in said(12)
+    assert "200 experts are more than 192" in said(200)
     assert "top_k 9 is above 8 experts" in said(8, 9)
+    assert "experts come in 4 groups, the kernel knows one" in said(8, 2, 4)
+    many = jax.ShapeDtypeStruct((1 << 19, 8), jnp.float32)
+    assert "524288 tokens are more than 262144" in routing_gpu.refuses(many, 2)
+    small = types.SimpleNamespace(core_count=66)
+    monkeypatch.setattr(jax, "devices", lambda: [small])
+    assert "66 multiprocessors, its 128 blocks must run at once" in said(8)
 
 
 SMALL = [(s.M, s.A) for s in ROUTING.values() if s.small] + [(5, 8)]  # of tokens, of their experts
@@ -132,20 +177,31 @@ def test_copies_by_name_follow_the_routing_and_say_why_they_cannot_run(monkeypat
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["tiny", "air", "glm45"])
-def test_the_kernel_routes_as_the_reference_does_on_a_gpu(name):
-    shape = ROUTING[name]
-    logits = jax.random.normal(jax.random.key(0), (shape.M, shape.E))
-    bias = jax.random.normal(jax.random.key(1), (shape.E,)) / 8
-    # Jitted alike, for XLA's sigmoid may round otherwise alone than fused.
-    ours, right = (
-        jax.jit(functools.partial(routing.route, top_k=shape.A, impl=impl))(logits, bias)
+@pytest.mark.parametrize(
+    "M, E, A",
+    [(s.M, s.E, s.A) for s in ROUTING.values() if s.groups == 1] + [(33_000, 64, 4), (7, 192, 8)],
+)
+def test_the_kernel_routes_as_the_reference_does_on_a_gpu(M, E, A):
+    # Scores of a grid, and biases further apart than these: equal or far, however sigmoid rounds.
+    logits = jax.random.randint(jax.random.key(0), (M, E), -1000, 1000).astype(jnp.float32) / 256
+    bias = 2 * jax.random.randint(jax.random.key(1), (E,), 0, 2).astype(jnp.float32)
+
+    by = {
+        impl: jax.jit(functools.partial(routing.route, top_k=A, impl=impl))
         for impl in ("mosaic", "reference")
-    )
+    }
+    ours, right = (run(logits, bias) for run in by.values())
     for field in ("expert_MA", "order_R", "place_MA", "rows_E"):
         np.testing.assert_array_equal(getattr(ours, field), getattr(right, field), err_msg=field)
-    # XLA sums a token's gates in another order where the kernel gives them by columns.
     np.testing.assert_allclose(ours.gate_MA, right.gate_MA, atol=1e-6)
+    cotangent = jax.random.normal(jax.random.key(2), (M, A))
+    slopes = [
+        jax.jit(jax.grad(lambda x, run=run: (run(x, bias).gate_MA * cotangent).sum()))(logits)
+        for run in by.values()
+    ]
+    np.testing.assert_allclose(*slopes, atol=2e-6)
+    for _ in range(20):  # blocks meet in another order each time
+        jax.tree.map(np.testing.assert_array_equal, by["mosaic"](logits, bias), ours)
 
 
 @pytest.mark.gpu

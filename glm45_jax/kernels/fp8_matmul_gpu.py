@@ -24,6 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm45_jax.kernels import fp8, fp8_rows_gpu
 from glm45_jax.kernels.fp8 import Fp8
+from glm45_jax.kernels.hopper import tiling
 from glm45_jax.kernels.row_tiles_gpu import (
     CTAS,
     HALF,
@@ -37,7 +38,6 @@ from glm45_jax.kernels.row_tiles_gpu import (
     load_rows,
     store_rows,
     tile_rows,
-    tiling,
     two_views,
     views,
     walk_tiles,

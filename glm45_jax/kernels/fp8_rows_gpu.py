@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm45_jax.kernels.fp8 import BLOCK, E4M3_MAX, ROW_FLOOR
-from glm45_jax.kernels.row_tiles_gpu import HALF, tiling
+from glm45_jax.kernels.hopper import tiling
+from glm45_jax.kernels.row_tiles_gpu import HALF
 
 SIZE = BLOCK[1]
 BLOCKS = 8  # of inputs a CTA: 128 KB of rows on their way, 64 KB of results

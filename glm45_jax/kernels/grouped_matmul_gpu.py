@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from glm45_jax.kernels.grouped_matmul import silu_product_bwd
+from glm45_jax.kernels.hopper import tiling
 from glm45_jax.kernels.row_tiles_gpu import (
     CTAS,
     HALF,
@@ -40,7 +41,6 @@ from glm45_jax.kernels.row_tiles_gpu import (
     load_rows,
     store_rows,
     tile_rows,
-    tiling,
     two_views,
     views,
     walk_tiles,

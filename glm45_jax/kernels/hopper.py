@@ -5,6 +5,7 @@ tiles into rings of shared memory.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,6 +16,7 @@ from jax import lax
 TILE = 128  # rows of a tile
 HALF = TILE // 2  # rows of one warpgroup's part
 ROW = plgpu.Layout.WGMMA.reduce(1)  # a number a row of an accumulator
+BYTES = 128  # of a row in shared memory: one swizzle atom
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # a number a column
 
 
@@ -50,9 +52,14 @@ def launch(body, out, scratch, *, grid, names, interpret):
 
 def tiles(count, rows, columns, dtype):
     """`count` blocks of shared memory as TMA writes and wgmma reads them."""
-    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # type: ignore[abstract]
-    swizzle = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
-    return plgpu.SMEM((count, rows, columns), dtype, transforms=(tiling, swizzle))
+    return plgpu.SMEM((count, rows, columns), dtype, **tiling(8, dtype))
+
+
+def tiling(rows: int, dtype: Any, atom: int = BYTES) -> dict[str, Any]:
+    """Keywords of shared memory in tiles of that many rows by one swizzle atom of `atom` bytes."""
+    tile: Any = plgpu.TilingTransform  # their base class says that they are abstract
+    swizzle: Any = plgpu.SwizzleTransform
+    return {"transforms": (tile((rows, atom // jnp.dtype(dtype).itemsize)), swizzle(atom))}
 
 
 def ring(name, stages, copies=1):

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from glm45_jax.kernels.hopper import tiling
 from glm45_jax.kernels.row_tiles_gpu import (
     CTAS,
     HALF,
@@ -28,7 +29,6 @@ from glm45_jax.kernels.row_tiles_gpu import (
     Ring,
     chunks,
     consume,
-    tiling,
 )
 from glm45_jax.kernels.tuning import tuned
 

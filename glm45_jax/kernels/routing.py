@@ -147,9 +147,7 @@ def _by_kernel_bwd(run, norm_topk, scale, saved, g: Routing):
     def gates(logits_ME):
         score_ME = jax.nn.sigmoid(logits_ME.astype(jnp.float32))
         gate_MA = jnp.where(hit_MAE, score_ME[:, None, :], 0).sum(axis=2)
-        if norm_topk:
-            gate_MA = gate_MA / (gate_MA.sum(axis=1, keepdims=True) + 1e-20)
-        return gate_MA * scale
+        return _weighed_gates(gate_MA, norm_topk, scale)
 
     return *jax.vjp(gates, logits_ME)[1](g.gate_MA), jnp.zeros_like(bias_E)
 
@@ -160,9 +158,15 @@ by_kernel.defvjp(_by_kernel_fwd, _by_kernel_bwd)
 def _sent_to(expert_MA, score_ME, order, norm_topk, scale) -> Routing:
     """Tokens sent to these experts, gated by these scores, in expert order by `order`."""
     gate_MA = jnp.take_along_axis(score_ME, expert_MA, axis=-1)
+    gate_MA = _weighed_gates(gate_MA, norm_topk, scale)
+    return Routing(expert_MA, gate_MA, *order(expert_MA, score_ME.shape[-1]))
+
+
+def _weighed_gates(gate_MA, norm_topk, scale) -> jax.Array:
+    """Scores of the chosen experts as weights: spec 2.3 steps 6 and 7."""
     if norm_topk:
         gate_MA = gate_MA / (gate_MA.sum(axis=-1, keepdims=True) + 1e-20)
-    return Routing(expert_MA, gate_MA * scale, *order(expert_MA, score_ME.shape[-1]))
+    return gate_MA * scale
 
 
 def by_sorting(expert_MA: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -167,18 +167,13 @@ def route(
 
 
 def _scratch(s: _Sizes) -> dict[str, Any]:
-    def tiled(rows, columns, dtype, atom):
-        tile: Any = plgpu.TilingTransform
-        swizzle: Any = plgpu.SwizzleTransform
-        atoms = tile((8, atom)), swizzle(atom * jnp.dtype(dtype).itemsize)
-        return plgpu.SMEM((rows, columns), dtype, transforms=atoms)
-
+    tiled = hopper.tiling(8, COUNT, s.atom * jnp.dtype(COUNT).itemsize)
     return {
-        "score": tiled(HALF, s.wide, jnp.float32, 32),
-        "hit": tiled(HALF, s.wide, COUNT, s.atom),
-        "counts": tiled(max(HALF, s.blocks), s.wide, COUNT, s.atom),
-        "triangle": tiled(HALF, HALF, COUNT, s.atom),
-        "upper": tiled(s.wide, s.wide, COUNT, s.atom),
+        "score": plgpu.SMEM((HALF, s.wide), jnp.float32, **hopper.tiling(8, jnp.float32)),
+        "hit": plgpu.SMEM((HALF, s.wide), COUNT, **tiled),
+        "counts": plgpu.SMEM((max(HALF, s.blocks), s.wide), COUNT, **tiled),
+        "triangle": plgpu.SMEM((HALF, HALF), COUNT, **tiled),
+        "upper": plgpu.SMEM((s.wide, s.wide), COUNT, **tiled),
         "loaded": plgpu.Barrier(num_arrivals=3),
         "words": plgpu.SMEM((s.A, HALF), jnp.int32),  # experts, then places
         "gates": plgpu.SMEM((s.A, HALF), jnp.float32),

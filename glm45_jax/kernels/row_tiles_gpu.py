@@ -17,9 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from glm45_jax.kernels.hopper import BYTES, tiling
+
 ROWS = 128  # of a tile: 64 a consumer
 FEW = 32  # rows a group up to which, in the mean, tiles have half the rows
-BYTES = 128  # of a row in shared memory: one swizzle atom
 HALF = 64  # rows of a tile that one consumer owns, and columns of an output chunk
 SLOTS = 2  # output chunks in flight a consumer
 CTAS = 132  # streaming multiprocessors of an H100
@@ -222,13 +223,6 @@ class Ring:
             @pl.when(n >= back)
             def _(back=back):
                 plgpu.barrier_wait(self.empty.at[self.slot(n - back)])
-
-
-def tiling(rows: int, dtype: Any) -> dict[str, Any]:
-    """Keywords of shared memory in tiles of that many rows by one swizzle atom."""
-    tile: Any = plgpu.TilingTransform  # their base class says that they are abstract
-    swizzle: Any = plgpu.SwizzleTransform
-    return {"transforms": (tile((rows, BYTES // jnp.dtype(dtype).itemsize)), swizzle(BYTES))}
 
 
 def two_views(n: int, dtype: Any, interpret: Any) -> Any:

@@ -15,6 +15,13 @@ from experiments.bench.kernels_routing import difference
 from glm45_jax.kernels import routing as op
 from glm45_jax.kernels import routing_tpu as tpu
 from glm45_jax.kernels.shapes import ROUTING
+from tests.kernels.routes import (
+    assert_equals_go_to_the_first,
+    assert_same_route,
+    both_ways,
+    equal,
+    skewed,
+)
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "extra" / "moe.npz"
 SMALL = [name for name, shape in ROUTING.items() if shape.small]
@@ -72,27 +79,7 @@ def test_counting_orders_rows_as_a_stable_sort_does(M, E, A):
         np.testing.assert_array_equal(a, b)
 
 
-@functools.partial(jax.jit, static_argnames=("run", "top_k", "norm_topk"))
-def both_ways(logits, bias, cotangent, *, run, top_k, norm_topk=True):
-    how = dict(top_k=top_k, groups=1, top_groups=1, norm_topk=norm_topk, scale=2.5)
-    out, pull = jax.vjp(lambda *args: run(*args, **how).gate_MA, logits, bias)
-    return run(logits, bias, **how), out, pull(cotangent)
-
-
 INTERPRETED = functools.partial(tpu.route, interpret=True)
-
-
-def assert_same_route(logits, bias, top_k, norm_topk=True):
-    cotangent = jax.random.normal(jax.random.key(1), (logits.shape[0], top_k))
-    args, how = (logits, bias, cotangent), dict(top_k=top_k, norm_topk=norm_topk)
-    ours, gate, (dlogits, dbias) = both_ways(*args, run=INTERPRETED, **how)
-    exact, exact_gate, (exact_dlogits, _) = both_ways(*args, run=op.reference, **how)
-    for field in ("expert_MA", "order_R", "place_MA", "rows_E"):
-        np.testing.assert_array_equal(getattr(ours, field), getattr(exact, field))
-    np.testing.assert_allclose(gate, exact_gate, atol=1e-6)
-    np.testing.assert_array_equal(gate, ours.gate_MA)
-    np.testing.assert_allclose(dlogits, exact_dlogits, atol=2e-6)
-    assert not np.asarray(dbias).any()
 
 
 # Less than a tile, a tile and a bit, many tiles, experts that no register's height divides.
@@ -101,19 +88,12 @@ def assert_same_route(logits, bias, top_k, norm_topk=True):
     [(48, 8, 3, True), (10, 1, 1, True), (513, 20, 20, False), (1300, 160, 8, True)],
 )
 def test_the_tpu_kernel_equals_top_k_and_a_stable_sort_in_the_interpreter(M, E, A, norm):
-    rng = np.random.default_rng(M)
-    skewed = rng.normal(size=(M, E)) + np.linspace(-2, 2, E)  # some experts get no row
-    logits, bias = jnp.asarray(skewed, jnp.float32), jnp.asarray(rng.normal(size=E), jnp.float32)
-    assert_same_route(logits, bias, A, norm)
+    assert_same_route(INTERPRETED, *skewed(M, E), A, norm)
 
 
 def test_the_tpu_kernel_breaks_ties_as_top_k_does():
-    rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.integers(-2, 3, size=(300, 24)), jnp.float32)  # many are equal
-    assert_same_route(logits, jnp.zeros(24), 8)
-    shut = jnp.full(24, -jnp.inf).at[jnp.array([3, 5])].set(0.0)  # two are left, eight are asked
-    assert_same_route(logits, shut, 8)
-    lost = logits.at[7, 4].set(jnp.nan).at[7, 9].set(-jnp.nan)
+    assert_equals_go_to_the_first(INTERPRETED, 300)
+    lost = equal(300).at[7, 4].set(jnp.nan).at[7, 9].set(-jnp.nan)
     ours, exact = (
         both_ways(lost, jnp.zeros(24), jnp.ones((300, 8)), run=run, top_k=8)[0].expert_MA
         for run in (INTERPRETED, op.reference)

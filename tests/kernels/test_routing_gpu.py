@@ -13,34 +13,28 @@ import pytest
 from glm45_jax import sharding
 from glm45_jax.kernels import routing, routing_gpu
 from glm45_jax.kernels.shapes import ROUTING
+from tests.kernels.routes import assert_equals_go_to_the_first, assert_same_route, skewed
 
 
-def assert_routes(logits, bias, A, norm_topk=True, most=routing_gpu.CTAS):
-    how = dict(top_k=A, norm_topk=norm_topk, scale=2.5)
-    ours = routing.Routing(*routing_gpu.route(logits, bias, most=most, interpret=True, **how))
-    right = routing.reference(logits, bias, groups=1, top_groups=1, **how)
-    for field in ("expert_MA", "order_R", "place_MA", "rows_E"):
-        np.testing.assert_array_equal(getattr(ours, field), getattr(right, field), err_msg=field)
-    np.testing.assert_allclose(ours.gate_MA, right.gate_MA, atol=1e-6)
+def interpreted(logits, bias, *, groups, top_groups, most=routing_gpu.CTAS, **how):
+    """Our kernel as an implementation of `route`."""
+    assert groups == top_groups == 1
+    run = functools.partial(routing_gpu.route, most=most, interpret=True, **how)
+    return routing.by_kernel(run, how["norm_topk"], how["scale"], logits, bias)
 
 
 # One tile, many with a ragged last one, experts that no tile of columns divides, all of them taken.
 @pytest.mark.parametrize("M, E, A, norm", [(1, 8, 1, True), (130, 40, 8, True), (64, 3, 3, False)])
 def test_one_kernel_routes_as_top_k_and_a_stable_sort_do(M, E, A, norm):
-    rng = np.random.default_rng(M)
-    skewed = rng.normal(size=(M, E)) + np.linspace(-2, 2, E)  # some experts get no row
-    logits, bias = jnp.asarray(skewed, jnp.float32), jnp.asarray(rng.normal(size=E), jnp.float32)
-    assert_routes(logits, bias, A, norm)
+    assert_same_route(interpreted, *skewed(M, E), A, norm)
 
 
 def test_a_block_of_many_tiles_counts_on():
-    logits = jax.random.normal(
-        jax.random.key(0), (300, 24)
-    )  # three tiles a block, one of them empty
-    assert_routes(logits, jnp.zeros(24), 5, most=2)
+    two = functools.partial(interpreted, most=2)  # of three tiles each, the last one empty
+    assert_same_route(two, *skewed(300, 24), 5)
 
 
-def test_beside_collectives_blocks_take_half_of_the_multiprocessors(monkeypatch):
+def test_beside_collectives_blocks_take_half_of_the_multiprocessors(monkeypatch, on_hopper):
     asked, kernel = [], routing_gpu.route
 
     def route(*args, most, **how):
@@ -48,7 +42,6 @@ def test_beside_collectives_blocks_take_half_of_the_multiprocessors(monkeypatch)
         return kernel(*args, most=most, interpret=True, **how)
 
     monkeypatch.setattr(routing_gpu, "route", route)
-    monkeypatch.setattr(routing_gpu, "refuses", lambda *_: None)
     for devices in (1, 2):
         mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:devices])
         with sharding.use(mesh, sharding.Rules()):
@@ -56,12 +49,8 @@ def test_beside_collectives_blocks_take_half_of_the_multiprocessors(monkeypatch)
     assert asked == [128, 64]
 
 
-def test_equals_go_to_the_first_expert_and_nan_before_all():
-    rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.integers(-2, 3, size=(70, 24)), jnp.float32)  # many are equal
-    assert_routes(logits, jnp.zeros(24), 8)
-    shut = jnp.full(24, -jnp.inf).at[jnp.array([3, 5])].set(0.0)  # two are left, eight are asked
-    assert_routes(logits, shut, 8)
+def test_equals_go_to_the_first_expert():
+    assert_equals_go_to_the_first(interpreted, 70)
 
 
 def test_a_nan_is_the_largest_and_names_an_expert():

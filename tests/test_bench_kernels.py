@@ -11,6 +11,7 @@ import pytest
 
 from experiments.bench import kernels as bench
 from experiments.bench import kernels_attention as attention
+from experiments.bench import kernels_routing as routing
 
 
 def test_contenders_take_turns_in_orders_that_change():
@@ -48,3 +49,11 @@ def test_attention_has_a_row_a_contender_with_its_error_or_why_not(case):
     pairs = np.square(lengths).sum() / 2
     assert case.flops(backward=False) == 4 * pairs * case.N * case.H
     assert case.flops(backward=True) == 3.5 * case.flops(backward=False)
+
+
+def test_routing_has_a_row_for_each_implementation_and_none_of_kernels_without_a_gpu():
+    rows = routing.routing_rows(32, 16)
+    assert {row["op"] for row in rows} == {"route"}
+    assert {row["impl"] for row in rows if "same" in row} == {"counting", "reference"}
+    assert all(row["same"] for row in rows if "same" in row)
+    assert all(row["ms"] > 0 for row in rows)

@@ -33,6 +33,7 @@ from experiments.bench.kernels import (
     torch_or_none,
 )
 from experiments.bench.results import device_name, merge_result
+from experiments.bench.seconds import device_ms
 from glm45_jax.kernels import routing, routing_gpu
 from glm45_jax.kernels.grouped_matmul import gated_matmul, grouped_matmul, products
 from glm45_jax.model.expert_parallel import ExpertWeights, mixture
@@ -42,6 +43,7 @@ WIDTH, TOP_K = 4096, 8
 EXPERTS, EXPERT_WIDTH = 128, 1408  # of the block
 TORCH = "torch compiled grouped_mm"
 SMALLEST = 1e-6  # scores and gates that differ by less are equal
+FEW = (64, 256)  # tokens of a step of decoding
 TARGET_MS = 0.05  # of routing 8,192 tokens
 
 
@@ -82,30 +84,36 @@ def difference(got: routing.Routing, want: routing.Routing, choice: jax.Array) -
 
 
 def routing_rows(tokens: int, experts: int) -> list[dict[str, Any]]:
-    """Each implementation, and what `lax.top_k` alone takes, and what of all of them the loop."""
+    """Each implementation, and what `lax.top_k` alone takes, and what of all of them the loop; then
+    the kernels of each implementation alone, as a trace has them.
+    """
     logits = jax.random.normal(jax.random.key(0), (tokens, experts), jnp.float32)
     bias = 0.01 * jax.random.normal(jax.random.key(1), (experts,), jnp.float32)
+    names = [i.name for i in routing.IMPLS if not i.supports(logits, bias, top_k=TOP_K)]
     steps: dict[str, Callable[[jax.Array], jax.Array]] = {
-        impl.name: functools.partial(route_step, impl.name, bias)
-        for impl in routing.IMPLS
-        if not impl.supports(logits, bias, top_k=TOP_K)
+        name: functools.partial(route_step, name, bias) for name in names
     }
     steps["the loop alone"] = lambda x: x + 1e-9 * x[:1, :1]
     steps["top_k alone"] = lambda x: x + 1e-9 * jax.lax.top_k(x, TOP_K)[1][:1, :1]
     contenders: dict[str, Callable[[], Contender]] = {
         name: functools.partial(of_jax, looped(step), logits) for name, step in steps.items()
     }
-    right = functools.partial(routing.route, top_k=TOP_K, impl="reference")
-    want = jax.jit(right)(logits, bias)
-    rows = []
+    runs = {
+        name: jax.jit(functools.partial(routing.route, top_k=TOP_K, impl=name)) for name in names
+    }
+    of, want = {"tokens": tokens, "experts": experts}, runs["reference"](logits, bias)
+    rows: list[dict[str, Any]] = []
     for name, found in race(contenders, samples=15).items():
-        row = {"op": "route", "tokens": tokens, "experts": experts, "impl": name} | found
+        row = {"op": "route", **of, "impl": name} | found
         if "ms" in found:
             row |= {key: round(found[key] / LOOPS, 5) for key in ("ms", "ms_min", "ms_max")}
-        if "alone" not in name:
-            run = functools.partial(routing.route, top_k=TOP_K, impl=name)
-            row |= difference(jax.jit(run)(logits, bias), want, jax.nn.sigmoid(logits) + bias)
+        if name in runs:
+            row |= difference(runs[name](logits, bias), want, jax.nn.sigmoid(logits) + bias)
         rows.append(row)
+    for name, run in runs.items():
+        if ms := device_ms(functools.partial(run, logits, bias)):
+            rows.append({"op": "route, kernels alone", **of, "impl": name, "ms": round(ms, 5)})
+    for row in rows:
         print(row, flush=True)
     return rows
 
@@ -322,6 +330,7 @@ def main() -> None:
         }
     else:
         key, ceiling = "kernels_routing", copy_gbs()
+        few = [row for tokens in FEW for row in routing_rows(tokens, EXPERTS)]
         rows = [row for experts in (128, 160) for row in routing_rows(args.tokens, experts)]
         rows += copy_rows(args.tokens, 128, ceiling)
         ours = [r["ms"] for r in rows if r["op"] == "route" and "same" in r and "ms" in r]
@@ -330,7 +339,7 @@ def main() -> None:
             "copy_gbs": round(ceiling),
             "target_ms": TARGET_MS,
             "meets_target": bool(np.min(ours) <= TARGET_MS),
-            "rows": rows,
+            "rows": rows + few,
         }
     value["seconds"] = round(time.perf_counter() - began)
     print(f"wrote {merge_result(device_name(), key, value)}", flush=True)

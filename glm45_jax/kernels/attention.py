@@ -248,14 +248,14 @@ def _tiles_yields(q_BTNH, k_BSKH, v_BSKH, **_) -> str | None:
 
 
 def _mosaic_yields(q_BTNH, k_BSKH, v_BSKH, *, segments_BT=None, **_) -> str | None:
-    """Forward and backward in TFLOP/s, mosaic and cudnn in one run, a document a row: 508 · 455 at
-    B8 T4096 and 568 · 543 at B1 T32768 with heads of 128, 405 · 368 with heads of 256, 344 · 370
+    """Forward and backward in TFLOP/s, mosaic and cudnn in one run, a document a row: 503 · 452 at
+    B8 T4096 and 560 · 533 at B1 T32768 with heads of 128, 416 · 367 with heads of 256, 340 · 369
     with heads of 64 (H200, jax 0.11.2, experiments/bench/kernels_attention.py).
     """
     if _cudnn_supports(q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT):
         return None  # nothing to yield to
     if q_BTNH.shape[-1] == 64:
-        return "mosaic is slower than cudnn with heads of 64 (344 · 370 TFLOP/s)"
+        return "mosaic is slower than cudnn with heads of 64 (340 · 369 TFLOP/s)"
     return None
 
 

@@ -45,7 +45,7 @@ def queries(q_BTNH, k_BTKH, v_BTKU, dout_BTNU, lse_BNT, delta_BNT, within, tunin
                 lse_t, delta_t = (
                     hopper.vector(ref.at[b], n, row0, ROW) for ref in (lse_ref, delta_ref)
                 )
-                plgpu.barrier_wait(mem["q_full"])
+                plgpu.barrier_wait(mem["q_full"].at[0])
 
                 def one_block(masked, block, carry):
                     dq, step = carry
@@ -91,13 +91,13 @@ def queries(q_BTNH, k_BTKH, v_BTKU, dout_BTNU, lse_BNT, delta_BNT, within, tunin
                 dq, step = edge(diagonal, carry)
                 step = lax.fori_loop(diagonal + 1, (tile + 1) * (TILE // wide), skip, step)
                 if room:
-                    plgpu.barrier_arrive(mem["q_free"])
+                    plgpu.barrier_arrive(mem["q_free"].at[0])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dq16 = (dq * scale).astype(dtype)
                 walking.store(dq16, dq_smem, dq_ref.at[b, :, n], pl.ds(row0, HALF))
                 if not room:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_arrive(mem["q_free"])
+                    plgpu.barrier_arrive(mem["q_free"].at[0])
                 return step
 
             lax.fori_loop(0, walk.mine(), one_tile, jnp.int32(0))
@@ -116,8 +116,7 @@ def queries(q_BTNH, k_BTKH, v_BTKU, dout_BTNU, lse_BNT, delta_BNT, within, tunin
         dout=hopper.tiles(2, HALF, U, dtype),
         k=hopper.tiles(stages, wide, H, dtype),
         v=hopper.tiles(stages_v, wide, U, dtype),
-        q_full=plgpu.Barrier(num_arrivals=4),
-        q_free=plgpu.Barrier(num_arrivals=2),
+        **hopper.ring("q", 1, copies=4),
         **hopper.ring("k", stages),
         **hopper.ring("v", stages_v),
     )

@@ -50,7 +50,7 @@ def gradients(
     def kernel(q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, *rest):
         begin_ref, end_ref, dq_ref, dk_ref, dv_ref, mem = rest
         wave, tile = lax.axis_index("wave"), lax.axis_index("tile")
-        b, kv = _div_rem(wave * lanes + lax.axis_index("lane"), K)
+        b, kv = hopper.div_rem(wave * lanes + lax.axis_index("lane"), K)
         high, upward = T // many, walks_up(wave, tile, T // TILE, tuning.sms)
         if end_ref is not None:
             high, upward = pl.cdiv(end_ref[b, tile * TILE + TILE - 1], many), None
@@ -112,10 +112,6 @@ def walks_up(wave, tile, tiles, sms):
     return lax.rem(wave * rounds + jnp.minimum(lax.div(tile, sms), rounds - 1), 2) == 1
 
 
-def _div_rem(x, y):
-    return lax.div(x, y), lax.rem(x, y)
-
-
 def _scratch(tuning, many, H, dtype):
     """In KiB, heads 128 wide: 64 of keys and values, 32 a stage, 32 of ds, 32 a part of dq."""
     stages, parts = tuning.stages_fused, tuning.parts_fused
@@ -169,7 +165,7 @@ class _Block:
     def place(self, step):
         """Row, block of queries and head of a step."""
         (b, kv, _), (low, high) = self.at, self.blocks
-        walked, head = _div_rem(step, self.group)
+        walked, head = hopper.div_rem(step, self.group)
         block = high - 1 - walked
         if self.upward is not None:  # the tile's own queries come last either way
             first = low + TILE // self.many

@@ -99,20 +99,23 @@ def _forward(q_BTNH, k_BTKH, v_BTKU, within, tuning):
     (B, T, N, H), U = q_BTNH.shape, v_BTKU.shape[-1]
     stages, dtype, wide = tuning.stages, q_BTNH.dtype, tuning.keys
     scale, own = LOG2_E / math.sqrt(H), TILE // wide
-    walk = Walk(q_BTNH.shape, k_BTKH.shape[2], tuning.sms, (stages, stages), wide)
+    kv_heads, ahead = k_BTKH.shape[2], tuning.stages_q
+    walk = Walk(q_BTNH.shape, kv_heads, tuning.sms, (stages, stages), wide, ahead)
     begin_BT = None if within is None else within.begin_BT
 
     def kernel(q_ref, k_ref, v_ref, begin_ref, out_ref, lse_ref, mem):
         wg = lax.axis_index("wg")
 
         def compute():
-            q_smem, out_smem, lse_smem = (mem[x].at[wg] for x in ("q", "out", "lse"))
+            out_smem = mem["out"].at[wg]
             pl.when(wg == 1)(lambda: plgpu.barrier_arrive(mem["turn"].at[0]))
 
             def one_tile(i, step):
                 b, n, tile = walk.place(i)
                 row0, blocks = tile * TILE + wg * HALF, (tile + 1) * own
                 begin_t = hopper.vector(begin_ref, b, row0, ROW)
+                at = walk.slot(i)
+                q_smem = mem["q"].at[2 * at + wg]
 
                 def soften(masked, down, step, m, total, score):
                     """Weights of a block in bfloat16, the new maximum, sum and shrinkage."""
@@ -139,11 +142,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKU, within, tuning):
                     plgpu.barrier_arrive(mem["v_free"].at[before])
                     return acc * hopper.across(shrink, U), p16, m, total, step + 1
 
-                def either(down, carry):
-                    return one_block(down >= inside, down, carry)
-
-                edge, whole = (functools.partial(one_block, masked) for masked in (True, False))
-                plgpu.barrier_wait(mem["q_full"])
+                plgpu.barrier_wait(mem["q_full"].at[at])
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(mem["k_full"].at[slot])
                 score = hopper.product(q_smem, mem["k"].at[slot].transpose((1, 0)))
@@ -152,29 +151,26 @@ def _forward(q_BTNH, k_BTKH, v_BTKU, within, tuning):
                 acc = hopper.filled((HALF, U), 0.0, plgpu.Layout.WGMMA)
                 carry = (acc, p16, m, total, step + 1)
                 for down in range(1, own):  # the other blocks of these queries' own tile
-                    carry = edge(down, carry)
-                if begin_ref is None:
-                    carry = lax.fori_loop(own, blocks, whole, carry)
-                else:  # at the far end, blocks where documents of these rows begin
-                    start = pl.cdiv(begin_ref[b, row0 + HALF - 1], wide)
-                    inside = jnp.maximum(blocks - start, own)
-                    first = walking.first_block(begin_ref, b, tile, wide)
-                    if H <= TILE:
-                        carry = lax.fori_loop(own, inside, whole, carry)
-                        carry = lax.fori_loop(inside, blocks - first, edge, carry)
-                    else:  # of two loops in a row ptxas serialises the products
-                        carry = lax.fori_loop(own, blocks - first, either, carry)
-                acc, p16, m, total, step = carry
-                plgpu.barrier_arrive(mem["q_free"])
+                    carry = one_block(True, down, carry)
+                inside = blocks  # at the far end, blocks where documents of these rows begin
+                if begin_ref is not None:
+                    inside -= pl.cdiv(begin_ref[b, row0 + HALF - 1], wide)
+
+                def rest(down, carry):
+                    return one_block(begin_ref is not None and down >= inside, down, carry)
+
+                # One loop: of two in a row ptxas serialises the products.
+                last = blocks - walking.first_block(begin_ref, b, tile, wide)
+                acc, p16, m, total, step = lax.fori_loop(own, last, rest, carry)
+                plgpu.barrier_arrive(mem["q_free"].at[at])
                 slot = lax.rem(step - 1, stages)
                 plgpu.barrier_wait(mem["v_full"].at[slot])
                 acc = hopper.accumulate(acc, p16, mem["v"].at[slot], tuning.interpret)
                 plgpu.barrier_arrive(mem["v_free"].at[slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                lse_smem[...] = m + jnp.log(total) * LOG2_E
                 out, rows = (acc * hopper.across(1 / total, U)).astype(dtype), pl.ds(row0, HALF)
                 walking.store(out, out_smem, out_ref.at[b, :, n], rows)
-                plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b, n, rows])
+                lse_ref.at[b, n, rows][...] = m + jnp.log(total) * LOG2_E
                 return step
 
             lax.fori_loop(0, walk.mine(), one_tile, jnp.int32(0))
@@ -190,14 +186,12 @@ def _forward(q_BTNH, k_BTKH, v_BTKU, within, tuning):
         )
 
     scratch = dict(
-        q=hopper.tiles(2, HALF, H, dtype),
+        q=hopper.tiles(2 * ahead, HALF, H, dtype),
         k=hopper.tiles(stages, wide, H, dtype),
         v=hopper.tiles(stages, wide, U, dtype),
         out=hopper.tiles(2, HALF, U if H <= TILE else CHUNK, dtype),
-        lse=plgpu.SMEM((2, HALF), jnp.float32),
-        q_full=plgpu.Barrier(num_arrivals=2),
-        q_free=plgpu.Barrier(num_arrivals=2),
         turn=plgpu.Barrier(num_barriers=2),
+        **hopper.ring("q", ahead, copies=2),
         **hopper.ring("k", stages),
         **hopper.ring("v", stages),
     )

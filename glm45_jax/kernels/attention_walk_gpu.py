@@ -22,6 +22,7 @@ from glm45_jax.kernels import hopper
 from glm45_jax.kernels.hopper import HALF, TILE
 
 LOG2_E = math.log2(math.e)
+SHARED = 4  # blocks that should share keys
 CHUNK = 64  # columns of a wide result that leave at a time
 
 
@@ -49,10 +50,11 @@ def bounds(segments_BT: jax.Array) -> Bounds:
 class Tuning:
     """Sizes that do not change the result but its speed. sms: blocks of the kernels that stay.
 
-    stages: blocks in flight of forward, dq, dk/dv; stages_early: of what dq and dk are done with
-    first, values and the output's gradient, None for as many. keys, keys_dq, queries: width of a
-    step of forward, dq, dk/dv. apart: dv and dk in a kernel each. registers: of a thread that
-    copies and one that computes; 128 and 256 threads share 65,536.
+    stages: blocks in flight of forward, dq, dk/dv; stages_q: tiles of queries in flight of forward;
+    stages_early: blocks of what dq and dk are done with first, values and the output's gradient,
+    None for as many. keys, keys_dq, queries: width of a step of forward, dq, dk/dv. apart: dv and
+    dk in a kernel each. registers: of a thread that copies and one that computes; 128 and 256
+    threads share 65,536.
 
     fused: the backward pass in one kernel, for heads up to TILE wide. stages_fused, parts_fused:
     blocks in flight there, and parts of dq on their way out.
@@ -62,6 +64,7 @@ class Tuning:
     stages: int = 2
     stages_dq: int = 3
     stages_dkv: int = 4
+    stages_q: int = 2
     stages_early: int | None = None
     queries: int = 64
     keys: int = TILE
@@ -75,8 +78,10 @@ class Tuning:
     interpret: bool = False
 
 
-# Heads up to 128 wide have one set of sizes. Wider ones meet both limits of a block: 227 KiB of
-# shared memory, and 240 registers a thread that computes. In KiB, for 128 queries or keys a block:
+# Heads up to 128 wide have one set of sizes: forward holds two tiles of queries, so that those of
+# the next and its first keys are there when it begins (64 + 2(32 + 32) + 32 KiB). Wider ones meet
+# both limits of a block: 227 KiB of shared memory, and 240 registers a thread that computes. In
+# KiB, for 128 queries or keys a block:
 #
 #     H · U      forward                dq                 dk                 dv
 #     192 · 128  48 + 3(24 + 16) + 16   80 + 3(24 + 16)    80 + 3(24 + 16)    48 + 3(24 + 16) + 16
@@ -87,8 +92,8 @@ class Tuning:
 #
 # First what stays (forward q; dq q and dout; dk k and v; dv k), then stages of a step of 64 keys or
 # queries, last 64 columns of the result on its way out; dq and dk leave through the memory of q and
-# k. Rows of sums and what the compiler wants take 1 to 3 KiB more. So 224 is the most that fits, in
-# forward not even that: 192 · 128 has no step of 128 keys, for 96 bytes.
+# k. Rows of sums and what the compiler wants take 1 to 3 KiB more, so 224 is the most that fits.
+# 192 · 128 with steps of 128 keys, two in flight, was as fast.
 #
 # Registers a thread: an accumulator of 64 rows takes half its columns, so a step of 64 has 32 of
 # scores, 32 of dp and 16 of weights in bfloat16. At 256 · 256 forward holds 128 + 32 + 2·16 = 192,
@@ -96,7 +101,7 @@ class Tuning:
 # would hold 256 of sums alone (192 · 128: 160, for which ptxas serialises the products): each has
 # its own, and scores are made once more, 5 products instead of 4. No kernel spills more than 24
 # bytes, and that in forward.
-_WIDE = Tuning(keys=64, stages_dq=2, stages_dkv=2, apart=True)
+_WIDE = Tuning(keys=64, stages_q=1, stages_dq=2, stages_dkv=2, apart=True)
 WIDE = {
     (192, 128): dataclasses.replace(_WIDE, stages=3, stages_dq=3, stages_dkv=3),
     (192, 192): dataclasses.replace(_WIDE, stages=3),
@@ -122,7 +127,7 @@ class Walk:
     """Which query tiles a block takes, one after the other, and the keys that each needs.
 
     shape: of the queries. width: keys of a block of them; stages: blocks of keys and of values in
-    flight.
+    flight; ahead: query tiles.
     """
 
     shape: tuple[int, int, int, int]
@@ -130,6 +135,7 @@ class Walk:
     sms: int
     stages: tuple[int, int]
     width: int
+    ahead: int = 1
 
     @property
     def pieces(self) -> int:
@@ -142,18 +148,40 @@ class Walk:
         """How many blocks share the pieces."""
         return min(self.sms, self.pieces)
 
+    @property
+    def together(self) -> int:
+        """Tiles of a head that are at work at once: in groups of few heads blocks would else read
+        most keys from memory, not from the cache.
+        """
+        T, N = self.shape[1:3]
+        most = max(1, SHARED * self.kv_heads // N)
+        return max(n for n in range(1, most + 1) if T // TILE % n == 0)
+
     def mine(self) -> jax.Array:
         """Number of pieces of this block."""
-        return lax.div(self.pieces - 1 - lax.axis_index("sm"), self.blocks) + 1
+        rounds, left = divmod(self.pieces, self.blocks)
+        return rounds + (self.turn(jnp.int32(rounds)) < left).astype(jnp.int32)
+
+    def turn(self, i) -> jax.Array:
+        """When this block's turn is in a round: first to last, then last to first, and so on, for
+        pieces become shorter.
+        """
+        sm = lax.axis_index("sm")
+        return jnp.where(lax.rem(i, 2) == 0, sm, self.blocks - 1 - sm)
 
     def place(self, i) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Row, head and tile of the i-th of them: heads fastest, so that a group shares its keys,
-        then tiles from the longest.
+        """Row, head and tile of the i-th of them: those that share keys first, `together` tiles of
+        a head and heads of a group, then rows, then other tiles, from the longest.
         """
-        _, T, N, _ = self.shape
-        index = lax.axis_index("sm") + i * self.blocks
-        above, tiles = lax.div(index, N), T // TILE
-        return lax.div(above, tiles), lax.rem(index, N), tiles - 1 - lax.rem(above, tiles)
+        B, T, N, _ = self.shape
+        above, near = hopper.div_rem(i * self.blocks + self.turn(i), self.together)
+        above, n = hopper.div_rem(above, N)
+        far, b = hopper.div_rem(above, B)
+        return b, n, T // TILE - 1 - (far * self.together + near)
+
+    def slot(self, i):
+        """Where the queries of the i-th piece are."""
+        return lax.rem(i, self.ahead) if self.ahead > 1 else 0
 
     def copies(self, mem, queries, keys, begin_ref, *, down) -> None:
         """All a block's copies into shared memory, from the last keys down or from the first up."""
@@ -162,9 +190,11 @@ class Walk:
 
         def one_tile(i, step):
             b, n, tile = self.place(i)
-            pl.when(i > 0)(lambda: plgpu.barrier_wait(mem["q_free"]))
+            at = self.slot(i)
+            full, free = (mem[f"q_{x}"].at[at] for x in ("full", "free"))
+            pl.when(i >= self.ahead)(functools.partial(plgpu.barrier_wait, free))
             for ref, name in queries:
-                hopper.copy_halves(ref.at[b, :, n], mem[name], mem["q_full"], tile)
+                hopper.copy_halves(ref.at[b, :, n], mem[name], full, tile, 2 * at)
             first = first_block(begin_ref, b, tile, self.width)
             last = (tile + 1) * (TILE // self.width) - 1
 
@@ -181,7 +211,7 @@ class Walk:
             return lax.fori_loop(0, last + 1 - first, one_block, step)
 
         steps = lax.fori_loop(0, self.mine(), one_tile, jnp.int32(0))
-        plgpu.barrier_wait(mem["q_free"])
+        hopper.drain(mem, ("q",), self.mine(), self.ahead)
         for name, _, stages in rings:
             hopper.drain(mem, (name,), steps, stages)
 

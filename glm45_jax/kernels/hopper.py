@@ -81,11 +81,13 @@ def drain(mem, names, steps, stages):
         pl.when(steps > slot)(functools.partial(wait, slot))
 
 
-def copy_halves(ref, smem, barrier, tile):
-    """Starts the copy of a tile's rows, a half for each computing warpgroup."""
+def copy_halves(ref, smem, barrier, tile, first=0):
+    """Starts the copy of a tile's rows, a half for each computing warpgroup, to first and first + 1
+    of smem.
+    """
     for half in range(2):
         rows = pl.ds(tile * TILE + half * HALF, HALF)
-        plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[half], barrier)
+        plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[first + half], barrier)
 
 
 def vector(ref, row, start, layout):
@@ -108,6 +110,11 @@ def across(x, columns):
 def down(x, rows):
     """One number a column, repeated along it."""
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def div_rem(x, y):
+    """Quotient and remainder of indices, which are not negative."""
+    return lax.div(x, y), lax.rem(x, y)
 
 
 def index(shape, axis):

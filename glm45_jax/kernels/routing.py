@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from glm45_jax import sharding
 from glm45_jax.kernels.dispatch import Implementation, anything, not_tpu, pick
 
 TILE = 128  # tokens that are counted together
@@ -92,11 +91,7 @@ def mosaic(logits_ME, bias_E, *, top_k, groups, top_groups, norm_topk, scale) ->
     """The same in one Pallas kernel for Hopper (routing_gpu.py)."""
     from glm45_jax.kernels import routing_gpu  # Pallas is imported where it is used
 
-    # Beside collectives half of the multiprocessors, for these hold some and all blocks must run.
-    alone = (ambient := sharding.current()) is None or ambient[0].size == 1
-    most = routing_gpu.CTAS if alone else routing_gpu.CTAS // 2
-    how = dict(top_k=top_k, norm_topk=norm_topk, scale=scale, most=most)
-    run = functools.partial(routing_gpu.route, **how)
+    run = functools.partial(routing_gpu.route, top_k=top_k, norm_topk=norm_topk, scale=scale)
     return by_kernel(run, norm_topk, scale, logits_ME, bias_E)
 
 
@@ -369,7 +364,9 @@ def _rows_supports(rows: jax.Array, *_: Any) -> str | None:
 
 
 def _few(x_M: jax.Array, *_: Any, **__: Any) -> str | None:
-    """Both kernels were measured with thousands of tokens; decoding has as many as rows."""
+    """Copies were measured with thousands of tokens; routing of 64 and 256 takes XLA's kernels 16
+    and 19 us and ours 24 (H200, experiments/bench/kernels_routing.py).
+    """
     M = x_M.shape[0]
     return f"{M} tokens are fewer than {MANY}" if M < MANY else None
 

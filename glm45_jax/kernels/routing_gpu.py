@@ -26,7 +26,7 @@ from glm45_jax.kernels.hopper import HALF
 
 THREADS = 128
 CTAS = 128  # blocks of `route`, at most; they wait for each other
-MOST_EXPERTS = 192  # 204 KB of shared memory
+MOST_EXPERTS = 256  # 64 x 256 choices are 128 registers a thread
 MOST_TOKENS = 1 << 18  # what a block counts is up to 2,048, which COUNT holds
 COUNT = jnp.float16
 BITS = 10  # of a total, in the lower of two numbers of COUNT
@@ -59,8 +59,8 @@ def refuses(logits_ME: jax.Array | jax.ShapeDtypeStruct, top_k: int, groups: int
     if top_k > E:
         return f"top_k {top_k} is above {E} experts"
     cores = getattr(jax.devices()[0], "core_count", CTAS)
-    if cores < CTAS:
-        return f"{cores} multiprocessors, its {CTAS} blocks must run at once"
+    if 2 * cores < CTAS:
+        return f"{cores} multiprocessors, {CTAS} blocks must run at once, two on each"
     return None
 
 
@@ -85,9 +85,9 @@ class _Sizes:
 
     @property
     def blocks(self) -> int:
-        """A multiple of the atom, for wgmma sums over them; the last ones may have no token."""
+        """A multiple of 8, as TMA takes rows of counts; the last may have no token."""
         blocks = pl.cdiv(pl.cdiv(self.M, HALF), self.each)
-        return blocks if self.interpret else pl.cdiv(blocks, self.atom) * self.atom
+        return blocks if self.interpret else pl.cdiv(blocks, 8) * 8
 
     @property
     def rows(self) -> int:
@@ -121,8 +121,8 @@ def route(
     signs are equal here, and so are NaN and infinity.
 
     Blocks, at most `most`, choose for their tokens, count, wait for each other, and place their
-    rows by all counts. Each takes a multiprocessor and all must find one before any goes on: a
-    collective beside them keeps them waiting, and of two such kernels one must be started whole
+    rows by all counts. All must find a place before any goes on, two fit a multiprocessor: a
+    collective beside them leaves enough. Of two such kernels at once one must be started whole
     before the other, as one process does it.
     The interpreter knows no such wait: it gets both halves as two kernels, whose border is one.
     """
@@ -131,23 +131,27 @@ def route(
     logits_ME = jnp.pad(logits_ME.astype(jnp.float32), ((0, s.rows - s.M), (0, s.wide - s.E)))
     bias_E = jnp.pad(bias_E.astype(jnp.float32), (0, s.wide - s.E))
     triangle = np.tril(np.ones((HALF, HALF), COUNT), -1)
-    upper = np.triu(np.ones((s.wide, s.wide), COUNT), 1)
     of = jax.ShapeDtypeStruct
+    chosen = of((s.rows, s.A), jnp.int32), of((s.rows, s.A), jnp.float32)
     counts = of((s.blocks, 8, s.wide), COUNT)  # each row eight times: TMA writes tiles of eight
-    chosen = of((s.rows, s.A), jnp.int32), of((s.rows, s.A), jnp.float32), counts
     total = of((HALF, s.wide), jnp.int32)
     placed = of((s.M * s.A,), jnp.int32), of((s.rows, s.A), jnp.int32), total
     choose = functools.partial(_choose, s, norm_topk, scale)
-    place = functools.partial(_place, s)
 
-    def both(logits, bias, triangle, upper, expert, gate, counts, order, spot, total, mem):
-        choose(logits, bias, expert, gate, counts, mem)
+    def both(logits, bias, triangle, expert, gate, counts, order, spot, total, mem):
+        first(logits, bias, expert, gate, counts, mem)
         met = pl.get_global(plgpu.SemaphoreType.REGULAR)
         plgpu.semaphore_signal(met, memory_scope="gpu")
         plgpu.semaphore_wait(met, s.blocks, decrement=False, memory_scope="gpu")
-        place(triangle, upper, expert, counts, order, spot, total, mem)
+        second(triangle, expert, counts, order, spot, total, mem, s.each == 1)
 
-    def kernel(body, out):
+    def first(logits, bias, expert, gate, counts, mem):
+        _tell(choose(logits, bias, expert, gate, mem), counts, mem)
+
+    def second(triangle, expert, counts, order, spot, total, mem, kept=False):
+        _place(s, _told(s, counts, mem), triangle, expert, order, spot, total, mem, kept)
+
+    def kernel(body, *out):
         return plgpu.kernel(
             body,
             out_type=out,
@@ -157,24 +161,26 @@ def route(
             interpret=plgpu.InterpretGPUParams() if interpret else None,
         )
 
+    args = logits_ME, bias_E
     if interpret:
-        expert, gate, counts = kernel(choose, chosen)(logits_ME, bias_E)
-        order, spot, total = kernel(place, placed)(triangle, upper, expert, counts)
+        expert, gate, counts = kernel(first, *chosen, counts)(*args)
+        order, spot, total = kernel(second, *placed)(triangle, expert, counts)
     else:
-        args = logits_ME, bias_E, triangle, upper
-        expert, gate, _, order, spot, total = kernel(both, chosen + placed)(*args)
+        out = kernel(both, *chosen, counts, *placed)(*args, triangle)
+        expert, gate, _, order, spot, total = out
     return expert[: s.M], gate[: s.M], order, spot[: s.M], total[0, : s.E]
 
 
 def _scratch(s: _Sizes) -> dict[str, Any]:
     tiled = hopper.tiling(8, COUNT, s.atom * jnp.dtype(COUNT).itemsize)
+    score = plgpu.SMEM((HALF, s.wide), jnp.float32, **hopper.tiling(8, jnp.float32))
+    counts = plgpu.SMEM((pl.cdiv(s.blocks, HALF) * HALF, s.wide), COUNT, **tiled)
     return {
-        "score": plgpu.SMEM((HALF, s.wide), jnp.float32, **hopper.tiling(8, jnp.float32)),
+        # Where one was the other comes: two blocks of 256 experts fit a multiprocessor.
+        "shared": [score, counts] if s.interpret else plgpu.RefUnion(score, counts),
         "hit": plgpu.SMEM((HALF, s.wide), COUNT, **tiled),
-        "counts": plgpu.SMEM((max(HALF, s.blocks), s.wide), COUNT, **tiled),
         "triangle": plgpu.SMEM((HALF, HALF), COUNT, **tiled),
-        "upper": plgpu.SMEM((s.wide, s.wide), COUNT, **tiled),
-        "loaded": plgpu.Barrier(num_arrivals=3),
+        "loaded": plgpu.Barrier(num_barriers=2),
         "words": plgpu.SMEM((s.A, HALF), jnp.int32),  # experts, then places
         "gates": plgpu.SMEM((s.A, HALF), jnp.float32),
     }
@@ -187,19 +193,20 @@ def _each(n: int, body, start=None):
     return lax.fori_loop(jnp.int32(0), jnp.int32(n), body, start)
 
 
-def _choose(
-    s: _Sizes, norm_topk, scale, logits_ref, bias_ref, expert_ref, gate_ref, counts_ref, mem
-):
-    """The first half: the best experts of each token, their gates, and the block's counts."""
+def _choose(s: _Sizes, norm_topk, scale, logits_ref, bias_ref, expert_ref, gate_ref, mem):
+    """The best experts of each token of the block, their gates; how many tokens chose each, the
+    same in all of 64 rows.
+    """
     row, column = (hopper.index((HALF, s.wide), axis) for axis in (0, 1))
     ones = hopper.filled((HALF, HALF), 1.0, plgpu.Layout.WGMMA).astype(COUNT)
+    scored = mem["shared"][0]
 
     def tile(first, count):
         tokens = pl.ds(first, HALF)
         logits = plgpu.load(logits_ref.at[tokens], layout=plgpu.Layout.WGMMA, optimized=False)
         bias = plgpu.load(bias_ref, layout=hopper.COLUMN, optimized=False)
         score = 1 / (1 + jnp.exp(-logits))
-        mem["score"][...] = score  # registers do not hold it beside the choices
+        scored[...] = score  # registers do not hold it beside the choices
         value = score + hopper.down(bias, HALF)
         value = jnp.where(value != value, jnp.inf, jnp.maximum(value, LOWEST))
         value = jnp.where(column < s.E, value, -jnp.inf)  # no expert: as if taken
@@ -215,7 +222,7 @@ def _choose(
         hit = (value == -jnp.inf) & (column < s.E) & (row + first < s.M)
         mem["hit"][...] = jnp.where(hit, 1.0, 0.0).astype(COUNT)
         plgpu.commit_smem()
-        score = plgpu.load(mem["score"], layout=plgpu.Layout.WGMMA)
+        score = plgpu.load(scored, layout=plgpu.Layout.WGMMA)
 
         def weigh(a, total):
             gate = jnp.where(_chosen(mem, a, column), score, 0.0).sum(axis=1)
@@ -233,45 +240,55 @@ def _choose(
         return more if count is None else count + more
 
     zeros = hopper.filled((HALF, s.wide), 0.0, plgpu.Layout.WGMMA)
-    count = s.tiles(tile, None if s.each == 1 else zeros)
-    mem["counts"].at[:HALF][...] = count.astype(COUNT)
+    return s.tiles(tile, None if s.each == 1 else zeros)
+
+
+def _tell(count, counts_ref, mem):
+    """Writes what a block has counted."""
+    counts = mem["shared"][1]
+    counts.at[:HALF][...] = count.astype(COUNT)
     plgpu.commit_smem()
-    own = counts_ref.at[lax.axis_index("block")]
-    plgpu.copy_smem_to_gmem(mem["counts"].at[:8], own)
+    plgpu.copy_smem_to_gmem(counts.at[:8], counts_ref.at[lax.axis_index("block")])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _place(
-    s: _Sizes, triangle_ref, upper_ref, expert_ref, counts_ref, order_ref, place_ref, total_ref, mem
-):
-    """The second half. The first place of a block's rows of each expert is a sum over all counts,
-    the place of a token after it one over the tile: products with triangles of ones. The 64 rows of
-    the first are alike.
+def _told(s: _Sizes, counts_ref, mem):
+    """A function to the counts of the blocks before one, None for all, summed, the same in all of
+    64 rows.
     """
-    block = lax.axis_index("block")
-    column = hopper.index((HALF, s.wide), 1)
-    row, which = hopper.index((HALF, s.wide), 0), hopper.index((HALF, s.blocks), 1)
-    counts = mem["counts"].at[: s.blocks]
-    plgpu.copy_gmem_to_smem(counts_ref.at[:, 0], counts, mem["loaded"])
-    plgpu.copy_gmem_to_smem(triangle_ref, mem["triangle"], mem["loaded"])
-    plgpu.copy_gmem_to_smem(upper_ref, mem["upper"], mem["loaded"])
-    plgpu.barrier_wait(mem["loaded"])
+    counts, wide = mem["shared"][1], pl.cdiv(s.blocks, s.atom) * s.atom
+    if s.blocks < wide:  # products are over whole atoms
+        last = counts.at[counts.shape[0] - HALF :]
+        last[...] = hopper.filled((HALF, s.wide), 0.0, plgpu.Layout.WGMMA).astype(COUNT)
+    plgpu.commit_smem()
+    plgpu.copy_gmem_to_smem(counts_ref.at[:, 0], counts.at[: s.blocks], mem["loaded"].at[0])
+    plgpu.barrier_wait(mem["loaded"].at[0])
+    which = hopper.index((HALF, wide), 1)
 
-    def counted(some):
-        """Counts of some blocks."""
-        some = jnp.where(some, 1.0, 0.0).astype(COUNT)
-        return hopper.product(some, counts, s.interpret)
+    def before(block):
+        some = hopper.filled((HALF, wide), 1.0, plgpu.Layout.WGMMA)
+        if block is not None:
+            some = jnp.where(which < block, some, 0.0)
+        return hopper.product(some.astype(COUNT), counts.at[:wide], s.interpret)
 
-    total = counted(which >= 0)
+    return before
+
+
+def _place(s: _Sizes, before, triangle_ref, expert_ref, order_ref, place_ref, total_ref, mem, kept):
+    """The places of the block's rows. The first of each expert is a sum over all counts, that of a
+    token after it one over the tile: products with triangles of ones. kept: who chose which expert
+    still lies in shared memory.
+    """
+    total, block = before(None), lax.axis_index("block")
+    plgpu.copy_gmem_to_smem(triangle_ref, mem["triangle"], mem["loaded"].at[1])
+    row, column = (hopper.index((HALF, s.wide), axis) for axis in (0, 1))
 
     @pl.when(block == 0)
     def _():
         total_ref[...] = total.astype(jnp.int32)
 
-    high = (total.astype(jnp.int32) >> BITS).astype(jnp.float32)
-    low = total - high * 2**BITS
-    start = hopper.product(high.astype(COUNT), mem["upper"], s.interpret) * 2**BITS
-    start += hopper.product(low.astype(COUNT), mem["upper"], s.interpret)
+    plgpu.barrier_wait(mem["loaded"].at[1])
+    start = _sums_before(total, mem["triangle"], s.interpret)
 
     def tile(first, base):
         tokens = pl.ds(first, HALF)
@@ -281,7 +298,7 @@ def _place(
             mem["words"].at[a][...] = expert
             return jnp.where(_chosen(mem, a, column), 1.0, hit)
 
-        if s.each > 1 or s.interpret:  # else the first half left them there
+        if not kept:
             zeros = hopper.filled((HALF, s.wide), 0.0, plgpu.Layout.WGMMA)
             hit = jnp.where(row + first < s.M, _each(s.A, hits, zeros), 0.0)
             mem["hit"][...] = hit.astype(COUNT)
@@ -300,7 +317,24 @@ def _place(
         ones = hopper.filled((HALF, HALF), 1.0, plgpu.Layout.WGMMA).astype(COUNT)
         return base + hopper.product(ones, mem["hit"], s.interpret)
 
-    s.tiles(tile, start + counted(which < block))
+    s.tiles(tile, start + before(block))
+
+
+def _sums_before(total, triangle, interpret):
+    """Of each column the sum of those before it, all rows alike: float32 up to 2**24, each column
+    one of up to 2**20, in two numbers of COUNT.
+    """
+    parts, wide = [], total.shape[1]
+    for k in range(0, wide, HALF):
+        width = min(HALF, wide - k)
+        some = total[:, k : k + width]
+        high = (some.astype(jnp.int32) >> BITS).astype(jnp.float32)
+        low = some - high * 2**BITS
+        upper = triangle.at[:width, :width].transpose((1, 0))
+        part = hopper.product(high.astype(COUNT), upper, interpret) * 2**BITS
+        part += hopper.product(low.astype(COUNT), upper, interpret)
+        parts.append(part + hopper.across(total[:, :k].sum(axis=1), width) if k else part)
+    return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
 def _chosen(mem, a, column):

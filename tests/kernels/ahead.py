@@ -16,8 +16,9 @@ LIMIT_S = 1500.0  # of a child, which takes a minute or two of an idle machine
 
 
 def compiled(target: str, command: Sequence[str], monkeypatch) -> list[dict[str, Any]]:
-    """What the child printed, a JSON object a line; the test fails with its last words if it does.
-    Skips where the target's compiler is not installed.
+    """What the child printed, a JSON object a line, and as "losses" what the compiler said of
+    performance before it; the test fails with the child's last words if it does. Skips where the
+    target's compiler is not installed.
     """
     monkeypatch.chdir(ROOT)  # compilers lie below it
     machine = targets.parse(target)
@@ -25,14 +26,21 @@ def compiled(target: str, command: Sequence[str], monkeypatch) -> list[dict[str,
         pytest.skip(f"kernels for {target} are not compiled here: {why}")
     done = subprocess.run(
         command,
-        env=compiling.environment(machine),
+        env=compiling.environment(machine) | {"MOSAIC_GPU_DUMP_PTXAS": "1"},  # what ptxas says
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
         check=False,
     )
     assert done.returncode == 0, compiling.last_words(done.stderr)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows, losses = [], []
+    for line in done.stdout.splitlines():
+        if "Potential Performance Loss" in line:
+            losses.append(line)
+        elif line.startswith("{"):
+            rows.append(json.loads(line) | {"losses": losses})
+            losses = []
+    return rows
 
 
 def show(target: str, rows: Sequence[dict[str, Any]], capsys) -> None:

@@ -108,7 +108,7 @@ def routing_rows(tokens: int, experts: int) -> list[dict[str, Any]]:
         if "ms" in found:
             row |= {key: round(found[key] / LOOPS, 5) for key in ("ms", "ms_min", "ms_max")}
         if name in runs:
-            row |= difference(runs[name](logits, bias), want, jax.nn.sigmoid(logits) + bias)
+            row |= difference(runs[name](logits, bias), want, jax.nn.sigmoid(logits) + bias[None])
         rows.append(row)
     for name, run in runs.items():
         if ms := device_ms(functools.partial(run, logits, bias)):

@@ -56,7 +56,7 @@ def route_step(impl: str, bias_E: jax.Array, logits_ME: jax.Array) -> jax.Array:
     """Logits again, which depend on all that a routing gives."""
     r = routing.route(logits_ME, bias_E, top_k=TOP_K, impl=impl)
     ends = r.order_R[:1] + r.place_MA[0, :1] + r.rows_E[:1] + r.expert_MA[0, :1]
-    seen = r.gate_MA.sum() + ends.sum()
+    seen = r.gate_MA.sum() + ends.sum().astype(jnp.float32)
     return logits_ME + 1e-9 * seen
 
 
@@ -94,7 +94,7 @@ def routing_rows(tokens: int, experts: int) -> list[dict[str, Any]]:
         name: functools.partial(route_step, name, bias) for name in names
     }
     steps["the loop alone"] = lambda x: x + 1e-9 * x[:1, :1]
-    steps["top_k alone"] = lambda x: x + 1e-9 * jax.lax.top_k(x, TOP_K)[1][:1, :1]
+    steps["top_k alone"] = lambda x: x + 1e-9 * jax.lax.top_k(x, TOP_K)[1][:1, :1].astype(x.dtype)
     contenders: dict[str, Callable[[], Contender]] = {
         name: functools.partial(of_jax, looped(step), logits) for name, step in steps.items()
     }

@@ -102,7 +102,7 @@ def _mosaic_supports(logits_ME, bias_E, *, top_k, groups=1, **_: Any) -> str | N
 
 
 def mosaic_tpu(logits_ME, bias_E, **kwargs) -> Routing:
-    """The Pallas kernel for TPU (routing_tpu.py), and a sort of one integer a row."""
+    """The same in one Pallas kernel for TPU (routing_tpu.py), and a sort for the order."""
     from glm45_jax.kernels import routing_tpu  # Pallas is imported where it is used
 
     return routing_tpu.route(logits_ME, bias_E, **kwargs)

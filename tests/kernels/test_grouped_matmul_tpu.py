@@ -18,7 +18,11 @@ CASES = {  # rows, width, width of an expert, experts
     "glm45 gate": (65_536, 5120, 1536, 160),
     "air decoding": (512, 4096, 1408, 128),
 }
-ROUTES = {"air route": (8192, 128, 8), "glm45 route": (8192, 160, 8)}
+ROUTES = {
+    "air route": (8192, 128, 8),
+    "glm45 route": (8192, 160, 8),
+    "largest route": (131_072, 512, 8),
+}
 PRODUCTS = ("fwd", "dlhs", "drhs")
 NAMES = sorted([f"{case} {product}" for case in CASES for product in PRODUCTS] + list(ROUTES))
 

@@ -143,13 +143,13 @@ def route(
         met = pl.get_global(plgpu.SemaphoreType.REGULAR)
         plgpu.semaphore_signal(met, memory_scope="gpu")
         plgpu.semaphore_wait(met, s.blocks, decrement=False, memory_scope="gpu")
-        second(triangle, expert, counts, order, spot, total, mem, s.each == 1)
+        second(triangle, expert, counts, order, spot, total, mem)
 
     def first(logits, bias, expert, gate, counts, mem):
         _tell(choose(logits, bias, expert, gate, mem), counts, mem)
 
-    def second(triangle, expert, counts, order, spot, total, mem, kept=False):
-        _place(s, _told(s, counts, mem), triangle, expert, order, spot, total, mem, kept)
+    def second(triangle, expert, counts, order, spot, total, mem):
+        _place(s, _told(s, counts, mem), triangle, expert, order, spot, total, mem)
 
     def kernel(body, *out):
         return plgpu.kernel(
@@ -274,10 +274,9 @@ def _told(s: _Sizes, counts_ref, mem):
     return before
 
 
-def _place(s: _Sizes, before, triangle_ref, expert_ref, order_ref, place_ref, total_ref, mem, kept):
+def _place(s: _Sizes, before, triangle_ref, expert_ref, order_ref, place_ref, total_ref, mem):
     """The places of the block's rows. The first of each expert is a sum over all counts, that of a
-    token after it one over the tile: products with triangles of ones. kept: who chose which expert
-    still lies in shared memory.
+    token after it one over the tile: products with triangles of ones.
     """
     total, block = before(None), lax.axis_index("block")
     plgpu.copy_gmem_to_smem(triangle_ref, mem["triangle"], mem["loaded"].at[1])
@@ -298,7 +297,7 @@ def _place(s: _Sizes, before, triangle_ref, expert_ref, order_ref, place_ref, to
             mem["words"].at[a][...] = expert
             return jnp.where(_chosen(mem, a, column), 1.0, hit)
 
-        if not kept:
+        if s.each > 1 or s.interpret:  # else the choice left them there
             zeros = hopper.filled((HALF, s.wide), 0.0, plgpu.Layout.WGMMA)
             hit = jnp.where(row + first < s.M, _each(s.A, hits, zeros), 0.0)
             mem["hit"][...] = hit.astype(COUNT)

@@ -9,8 +9,10 @@ import argparse
 import dataclasses
 import functools
 import os
+import pathlib
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +106,28 @@ def race(
     for name, ms in times.items():
         found[name] |= {"ms": statistics.median(ms), "ms_min": min(ms), "ms_max": max(ms)}
     return found
+
+
+def device_ms(f: Callable[[], Any], calls: int = 20) -> float | None:
+    """What all kernels of a call take, those without names too, by a trace of `calls` after one
+    that warms up; None where a trace has none (a CPU).
+    """
+    jax.block_until_ready(f())
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder)
+        jax.block_until_ready([f() for _ in range(calls)])
+        jax.profiler.stop_trace()
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(file)).planes
+        streams = [
+            line
+            for plane in planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if "Stream" in line.name
+        ]
+        spent = sum(event.duration_ns for line in streams for event in line.events)
+    return spent / calls / 1e6 if streams else None
 
 
 @functools.cache

@@ -23,6 +23,7 @@ import numpy as np
 from experiments.bench.kernels import (
     Contender,
     copy_gbs,
+    device_ms,
     forward_and_backward,
     matmul_ceiling,
     normal,
@@ -33,7 +34,6 @@ from experiments.bench.kernels import (
     torch_or_none,
 )
 from experiments.bench.results import device_name, merge_result
-from experiments.bench.seconds import device_ms
 from glm45_jax.kernels import routing, routing_gpu
 from glm45_jax.kernels.grouped_matmul import gated_matmul, grouped_matmul, products
 from glm45_jax.model.expert_parallel import ExpertWeights, mixture

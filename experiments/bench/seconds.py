@@ -1,19 +1,15 @@
 """The seconds that a benchmark has: what it says with those since its start, and runs that are
-stopped when they are spent; and what a call takes, of the host's time or of the device's.
+stopped when they are spent; and what a call takes.
 """
 
 import contextlib
 import os
-import pathlib
 import signal
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-
-import jax
 
 BEGAN = time.monotonic()  # when this was imported, nearly the start of the process
 
@@ -53,25 +49,3 @@ def median_ms(f: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) ->
         wait(f())
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1e3
-
-
-def device_ms(f: Callable[[], Any], calls: int = 20) -> float | None:
-    """What the kernels of a call take, by a trace of `calls` after one that warms up; None where a
-    trace has none (a CPU).
-    """
-    jax.block_until_ready(f())
-    with tempfile.TemporaryDirectory() as folder:
-        jax.profiler.start_trace(folder)
-        jax.block_until_ready([f() for _ in range(calls)])
-        jax.profiler.stop_trace()
-        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        planes = jax.profiler.ProfileData.from_file(str(file)).planes
-        streams = [
-            line
-            for plane in planes
-            if plane.name.startswith("/device:GPU")
-            for line in plane.lines
-            if "Stream" in line.name
-        ]
-        spent = sum(event.duration_ns for line in streams for event in line.events)
-    return spent / calls / 1e6 if streams else None

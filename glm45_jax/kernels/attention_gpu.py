@@ -114,7 +114,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKU, within, tuning):
                 b, n, tile = walk.place(i)
                 row0, blocks = tile * TILE + wg * HALF, (tile + 1) * own
                 begin_t = hopper.vector(begin_ref, b, row0, ROW)
-                at = walk.slot(i)
+                at = lax.rem(i, ahead)
                 q_smem = mem["q"].at[2 * at + wg]
 
                 def soften(masked, down, step, m, total, score):

@@ -179,10 +179,6 @@ class Walk:
         far, b = hopper.div_rem(above, B)
         return b, n, T // TILE - 1 - (far * self.together + near)
 
-    def slot(self, i):
-        """Where the queries of the i-th piece are."""
-        return lax.rem(i, self.ahead) if self.ahead > 1 else 0
-
     def copies(self, mem, queries, keys, begin_ref, *, down) -> None:
         """All a block's copies into shared memory, from the last keys down or from the first up."""
         group = self.shape[2] // self.kv_heads
@@ -190,7 +186,7 @@ class Walk:
 
         def one_tile(i, step):
             b, n, tile = self.place(i)
-            at = self.slot(i)
+            at = lax.rem(i, self.ahead)
             full, free = (mem[f"q_{x}"].at[at] for x in ("full", "free"))
             pl.when(i >= self.ahead)(functools.partial(plgpu.barrier_wait, free))
             for ref, name in queries:

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 
 from glm45_jax.kernels import hopper
-from glm45_jax.kernels.dispatch import not_hopper
+from glm45_jax.kernels.dispatch import device, not_hopper
 from glm45_jax.kernels.hopper import HALF
 
 THREADS = 128
@@ -58,7 +58,7 @@ def refuses(logits_ME: jax.Array | jax.ShapeDtypeStruct, top_k: int, groups: int
         return f"{M} tokens are more than {MOST_TOKENS}, or their rows than 2**24"
     if top_k > E:
         return f"top_k {top_k} is above {E} experts"
-    cores = getattr(jax.devices()[0], "core_count", CTAS)
+    cores = getattr(device(), "core_count", CTAS)
     if 2 * cores < CTAS:
         return f"{cores} multiprocessors, {CTAS} blocks must run at once, two on each"
     return None
@@ -136,7 +136,6 @@ def route(
     counts = of((s.blocks, 8, s.wide), COUNT)  # each row eight times: TMA writes tiles of eight
     total = of((HALF, s.wide), jnp.int32)
     placed = of((s.M * s.A,), jnp.int32), of((s.rows, s.A), jnp.int32), total
-    choose = functools.partial(_choose, s, norm_topk, scale)
 
     def both(logits, bias, triangle, expert, gate, counts, order, spot, total, mem):
         first(logits, bias, expert, gate, counts, mem)
@@ -146,7 +145,7 @@ def route(
         second(triangle, expert, counts, order, spot, total, mem)
 
     def first(logits, bias, expert, gate, counts, mem):
-        _tell(choose(logits, bias, expert, gate, mem), counts, mem)
+        _tell(_choose(s, norm_topk, scale, logits, bias, expert, gate, mem), counts, mem)
 
     def second(triangle, expert, counts, order, spot, total, mem):
         _place(s, _told(s, counts, mem), triangle, expert, order, spot, total, mem)

@@ -16,9 +16,9 @@ LIMIT_S = 1500.0  # of a child, which takes a minute or two of an idle machine
 
 
 def compiled(target: str, command: Sequence[str], monkeypatch) -> list[dict[str, Any]]:
-    """What the child printed, a JSON object a line, and as "losses" what the compiler said of
-    performance before it; the test fails with the child's last words if it does. Skips where the
-    target's compiler is not installed.
+    """What the child printed, a JSON object a line, and of the lines of ptxas before it how many
+    ("ptxas") and which speak of lost performance ("losses"); the test fails with the child's last
+    words if it does. Skips where the target's compiler is not installed.
     """
     monkeypatch.chdir(ROOT)  # compilers lie below it
     machine = targets.parse(target)
@@ -33,13 +33,14 @@ def compiled(target: str, command: Sequence[str], monkeypatch) -> list[dict[str,
         check=False,
     )
     assert done.returncode == 0, compiling.last_words(done.stderr)
-    rows, losses = [], []
+    rows, said = [], []
     for line in done.stdout.splitlines():
-        if "Potential Performance Loss" in line:
-            losses.append(line)
+        if line.startswith("ptxas"):
+            said.append(line)
         elif line.startswith("{"):
-            rows.append(json.loads(line) | {"losses": losses})
-            losses = []
+            losses = [x for x in said if "Potential Performance Loss" in x]
+            rows.append(json.loads(line) | {"ptxas": len(said), "losses": losses})
+            said = []
     return rows
 
 
